@@ -1,0 +1,142 @@
+"""Join a Ray cluster or start one on this machine, and refuse at once what the cluster can never give.
+
+Never ends a Ray that it did not start, and never binds anything beyond the loopback address.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sane_ray.config import ClusterConfig
+from sane_ray.errors import InputError
+
+QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Environment that keeps Ray's own progress bars and warnings off the terminal, set unless the user has set it."""
+
+
+@contextmanager
+def connect(config: ClusterConfig) -> Iterator[None]:
+    """Joins the cluster at ``config.address`` or ``RAY_ADDRESS``, or starts Ray on this machine for the block's duration.
+
+    Inside an already connected process nothing is started or ended.
+
+    Raises:
+        InputError: the address does not answer, or refuses our token.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    if address:
+        _join(address)
+    else:
+        _start_local(config)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=True, logging_level="warning")
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise InputError(
+            f"no Ray cluster at cluster.address = {address!r} ({error}): start one with `ray start --head`, "
+            "correct the address (or RAY_ADDRESS), or leave both empty to run on this machine; "
+            "if it refused the token, copy the cluster's token to ~/.ray/auth_token"
+        ) from error
+
+
+def _start_local(config: ClusterConfig) -> None:
+    import ray
+
+    cores = os.cpu_count() or 1
+    ray.init(
+        address="local",
+        num_cpus=max(cores, required_cpus(config)),
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level="warning",
+    )
+
+
+def required_cpus(config: ClusterConfig) -> int:
+    """CPUs that training takes, its workers and their data streams together, rounded up."""
+    needed = config.num_workers * (config.cpus_per_worker + config.data_cpus)
+    return int(-(-needed // 1))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a training run will ask of the cluster: decided before anything starts."""
+
+    num_workers: int
+    """Training workers."""
+    gpu: bool
+    """Whether each worker takes a GPU."""
+    cpus_per_worker: float
+    """CPUs reserved by a worker."""
+    threads: int
+    """Threads of a worker's matrix products."""
+
+
+def preflight(config: ClusterConfig) -> Resources:
+    """Compares what a run asks for with what the connected cluster has.
+
+    Raises:
+        InputError: the cluster has too few CPUs or GPUs, with the nearest config that fits. Ray itself would wait forever.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    if config.gpu == "yes" and gpus < config.num_workers:
+        raise InputError(
+            f"cluster.num_workers is {config.num_workers} with cluster.gpu 'yes', but the cluster has {gpus:g} GPUs: "
+            + (f"set cluster.num_workers to {int(gpus)} or less" if gpus >= 1 else "set cluster.gpu to 'no'")
+            + ", or add GPU nodes"
+        )
+    per_worker = config.cpus_per_worker + config.data_cpus
+    if config.num_workers * per_worker > cpus:
+        fits = int(cpus // per_worker)
+        raise InputError(
+            f"{config.num_workers} workers need {config.num_workers * per_worker:g} CPUs ({config.cpus_per_worker:g} each "
+            f"and {config.data_cpus:g} for its data stream), but the cluster has {cpus:g}: "
+            + (f"set cluster.num_workers to {fits}" if fits else "lower cluster.cpus_per_worker or cluster.data_cpus")
+            + ", or add nodes"
+        )
+    gpu = config.gpu == "yes" or (config.gpu == "auto" and gpus >= config.num_workers)
+    return Resources(config.num_workers, gpu, config.cpus_per_worker, _threads(config, cpus))
+
+
+def _threads(config: ClusterConfig, cpus: float) -> int:
+    """Threads a worker computes with: what it reserved, or its share of the cores when the machine is ours alone."""
+    import ray
+
+    if len(ray.nodes()) == 1 and not (config.address or os.environ.get("RAY_ADDRESS")):
+        return max(1, (os.cpu_count() or 1) // config.num_workers)
+    return max(1, int(min(config.cpus_per_worker, cpus)))
+
+
+def default_storage(storage: str) -> Path:
+    """Root of results: as given, else ./results, or ~/sane_ray_results in a submitted Ray job, whose folder is thrown away."""
+    if storage:
+        return Path(storage).expanduser().absolute()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return Path.home() / "sane_ray_results"
+    return Path("results").absolute()

