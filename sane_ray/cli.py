@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from sane_ray.config import to_dict
 from sane_ray.errors import InputError
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 BAD_INPUT = 2
 """Exit status when the input is wrong; 1 is left to defects and failures."""
@@ -63,12 +68,12 @@ def parse(
     """
     arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     parser = _parser(job, presets, examples)
-    if presets:
-        parser.set_defaults(_flat(to_dict(presets[_preset(arguments, presets)]())))
     try:
+        if presets:
+            parser.set_defaults(_flat(to_dict(presets[_preset(arguments, presets)]())))
         namespace = parser.parse_args(arguments)
-        fields = parser.instantiate_classes(namespace)
-        return job(**{field.name: fields[field.name] for field in dataclasses.fields(job)}), namespace.dry_run  # type: ignore[arg-type]
+        fields = parser.instantiate(namespace)
+        return job(**{field.name: fields[field.name] for field in dataclasses.fields(job)}), namespace.dry_run
     except InputError:
         raise
     except Exception as error:  # jsonargparse wraps what a config's own check raised: show the innermost words
@@ -79,3 +84,99 @@ def stop(error: InputError) -> NoReturn:
     """Prints the error as one sentence and exits with status 2."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(BAD_INPUT)
+
+
+def _underscored(argument: str) -> str:
+    """``--run-name=a-b`` as ``--run_name=a-b``: dashes and underscores in a flag's name mean the same."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _parser(job: type, presets: Mapping[str, Callable[[], Any]] | None, examples: str) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    program = f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}"
+    parser = ArgumentParser(
+        prog=program,
+        usage=f"{program} {'[--preset NAME] ' if presets else ''}[--config FILE.yaml] [--dry-run] [--FIELD VALUE ...]",
+        description=f"{inspect.getdoc(job)} Flags may be written with dashes or underscores.",
+        epilog=examples,
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of the fields below; flags win over it.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the plan and do nothing.")
+    if presets:
+        names = "; ".join(f"`{name}`: {_first_line(preset)}" for name, preset in presets.items())
+        parser.add_argument(
+            "--preset", choices=list(presets), default=next(iter(presets)), help=f"Config to start from. {names}"
+        )
+    parser.add_class_arguments(job, nested_key=None)
+    return parser
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Keeps the examples' line breaks."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "\n".join(indent + line for line in text.splitlines())
+        return super()._fill_text(text, width, indent)
+
+
+def _first_line(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").splitlines()[0].rstrip(".")
+
+
+def _preset(arguments: Sequence[str], presets: Mapping[str, object]) -> str:
+    """The value of ``--preset``, read before all else because it supplies the defaults."""
+    chosen = next(iter(presets))
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--preset":
+            chosen = following
+        elif argument.startswith("--preset="):
+            chosen = argument.partition("=")[2]
+    if chosen not in presets:
+        raise InputError(f"--preset is {chosen!r}: must be one of {', '.join(presets)}")
+    return chosen
+
+
+def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """A nested dict as one level of dotted keys."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _explain(error: Exception, parser: ArgumentParser) -> str:
+    """The parser's complaint in one line, with the nearest field where a name is unknown."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    message = " ".join(str(error).split())
+    message = re.sub(r"Expected a <class '(\w+)'>", r"expected a \1", message)
+    message = re.sub(r"Expected a typing\.Literal\[(.+?)\]", r"expected one of \1", message)
+    return _suggest(message, parser) or message
+
+
+def _suggest(message: str, parser: ArgumentParser) -> str:
+    """A sentence for an unknown field, with the nearest that exist; empty if the message is about something else."""
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    at_top = re.search(r"[Oo]ption '([\w.]+)' is not accepted|[Kk]ey ['\"]([\w.]+)['\"] is not expected", message)
+    found = unknown or in_group or at_top
+    if not found:
+        return ""
+    name = ".".join(group for group in found.groups() if group)
+    fields = [action.dest for action in parser._actions if action.dest != "help"]
+    near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"no config field is called {name!r}{hint} (`--help` lists them all)"

@@ -5,6 +5,7 @@ Never ends a Ray that it did not start, and never binds anything beyond the loop
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def _join(address: str) -> None:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=True, logging_level="warning")
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise InputError(
             f"no Ray cluster at cluster.address = {address!r} ({error}): start one with `ray start --head`, "
@@ -71,7 +72,7 @@ def _start_local(config: ClusterConfig) -> None:
         num_cpus=max(cores, required_cpus(config)),
         include_dashboard=False,
         log_to_driver=True,
-        logging_level="warning",
+        logging_level=logging.WARNING,
     )
 
 
