@@ -1,0 +1,121 @@
+"""One checkpoint file to one state dict: safetensors or torch files, on the CPU, memory-mapped where the format allows.
+
+Never runs code from a file: torch files are read with ``weights_only=True``, and one that needs more is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sane_ray.errors import InputError
+
+WRAPPERS = ("model_state_dict", "state_dict", "model", "model_state")
+"""Keys under which training scripts put the state dict beside optimiser and epoch."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every key."""
+
+_TENSOR_ORDER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Reads the weights of one checkpoint.
+
+    A state dict nested under one of ``WRAPPERS`` is unwrapped, ``PREFIXES`` are stripped when every key has them, and
+    entries that are no tensors are left out. Keys keep the file's order; safetensors files keep none, so theirs are put
+    in the order of ``_natural``.
+
+    Args:
+        path: a ``.safetensors`` file, or a file written by ``torch.save`` (any name; zip or legacy format).
+
+    Returns:
+        CPU tensors by key. They may be views of the memory-mapped file: do not write to them.
+
+    Raises:
+        InputError: the file is missing, empty, truncated, no checkpoint, or needs Python code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file; check the path, or prepare again from a complete zoo")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the checkpoint file is empty; copy it again, or remove it from the zoo")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    state_dict = _strip(_unwrap(content, path))
+    if not state_dict:
+        raise InputError(f"{path}: no tensors in it; save model.state_dict() there")
+    return state_dict
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in sorted(file.keys(), key=_natural)}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: truncated, or not a safetensors file ({error}); copy or download it again, or remove it"
+        ) from error
+
+
+def _natural(key: str) -> tuple[list[list[str | int]], int, str]:
+    """Sort key: modules with numbers as numbers (``layers.9`` before ``layers.10``), then as torch registers tensors."""
+    module, _, name = key.rpartition(".")
+    parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", step)] for step in module.split(".")]
+    return parts, _TENSOR_ORDER.index(name) if name in _TENSOR_ORDER else len(_TENSOR_ORDER), name
+
+
+def _read_torch(path: Path) -> Any:
+    with path.open("rb") as file:
+        is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC  # only zip files can be memory-mapped
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a damaged file fails in whatever way its bytes happen to lead to
+        reason = _reason(error)
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in reason:
+            raise InputError(
+                f"{path}: needs Python code to be read ({reason}), which may do anything, so it is refused; "
+                "where you trust its author, load it with the program that wrote it and save model.state_dict() alone, "
+                "with torch.save or safetensors"
+            ) from error
+        raise InputError(
+            f"{path}: truncated, or no checkpoint that can be read without running code ({reason}); "
+            "copy or download it again, or remove it from the zoo"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The telling line of torch's message, without its advice to read the file unsafely."""
+    text = str(error)
+    found = re.search(r"WeightsUnpickler error:\s*(.*)|(.*\bGLOBAL\b.*)", text) or re.search(r"(\S.*)", text)
+    words = next((group for group in found.groups() if group), "") if found else type(error).__name__
+    return re.split(r"(?<=\S)\. ", words.strip())[0][:160].rstrip(". ")
+
+
+def _unwrap(content: Any, path: Path) -> Mapping[str, Any]:
+    for _ in range(2):  # a training script's dict, perhaps with a framework's inside
+        if isinstance(content, Mapping):
+            content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"{path}: holds a {type(content).__name__}, not a state dict; save model.state_dict() there, "
+            "or remove it from the zoo"
+        )
+    return content
+
+
+def _strip(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    while tensors:
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
