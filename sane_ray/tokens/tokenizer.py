@@ -1,10 +1,10 @@
 """Turns a state dict into a sequence of tokens and back, by an explicit table of layers.
 
-A layer's weight is read as one row a channel, ``[w | b]`` with the bias as its last column; a row is padded with zeros to
-a multiple of the token size and cut into tokens (SANE, arXiv 2406.09997, section 3.1). What cannot become tokens is listed
-in the table with the reason. This module never reads a file, never normalises, and never imports Ray.
+A layer's weight is read as one row a channel, ``[w | b]`` with the bias as its last column; a row is padded with zeros
+to a multiple of the token size and cut into tokens (SANE, arXiv 2406.09997, section 3.1). What cannot become tokens is
+listed in the table with the reason. This module never reads a file, never normalises, and never imports Ray.
 
-Shape suffixes: N tokens of a checkpoint, T token size, C channels of a layer, R = tokens a channel times T (padded row).
+Shape suffixes: N tokens of a checkpoint, T token size, C channels of a layer, R = tokens a channel x T (padded row).
 """
 
 from __future__ import annotations
@@ -163,10 +163,11 @@ class LayerTable:
 
 
 def natural_order(state_dict: Mapping[str, Value]) -> dict[str, Value]:
-    """The same entries with modules in natural order (``layers.9`` before ``layers.10``), weight before bias before rest.
+    """The same entries with modules in natural order (``layers.9`` before ``layers.10``), weight before bias.
 
-    For files that do not keep the order of the state dict, such as safetensors. It is the order of a network whose modules
-    are numbered; where they are named (``conv1, bn1, conv2``) the original order cannot be known, but this one is stable.
+    For files that do not keep the order of the state dict, such as safetensors. It is the order of a network whose
+    modules are numbered; where they are named (``conv1, bn1, conv2``) the original order cannot be known from the
+    names, but this one is always the same.
     """
 
     def rank(key: str) -> tuple[list[list[str | int]], int, str]:
@@ -193,8 +194,8 @@ def build_layer_table(
 ) -> LayerTable:
     """Reads off a state dict how checkpoints of its architecture become tokens; only shapes and dtypes are looked at.
 
-    Tokenised are floating-point tensors whose last name is ``weight``, with ``bias`` of the same module if it has one value
-    a channel, and ``running_mean`` / ``running_var`` where a module has both. A module with both is a batch norm.
+    Tokenised are floating-point tensors whose last name is ``weight``, with ``bias`` of the same module if it has one
+    value a channel, and ``running_mean`` / ``running_var`` where a module has both. Such a module is a batch norm.
 
     Args:
         state_dict: Any checkpoint of the architecture, in the order the tokens shall have.
@@ -293,17 +294,15 @@ def _check_fits(state_dict: Mapping[str, Tensor], table: LayerTable) -> None:
             _check_tensor(state_dict, layer.bias_key, layer.shape[:1])
     if not state_dict.keys() <= table._keys:
         unknown = next(key for key in state_dict if key not in table._keys)
-        raise InputError(f"state dict has {unknown}, which the layer table does not: it is another architecture")
+        raise InputError(f"state dict has {unknown}, which the layer table does not name: use its own table")
 
 
 def _check_tensor(state_dict: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> None:
     tensor = state_dict.get(key)
     if tensor is None:
-        raise InputError(f"state dict lacks {key}, which the layer table names: it is another architecture")
+        raise InputError(f"state dict lacks {key}, which the layer table names: use its own table")
     if tensor.shape != shape:
-        raise InputError(
-            f"{key} has shape {tuple(tensor.shape)}, but the layer table says {shape}: another architecture"
-        )
+        raise InputError(f"{key} has shape {tuple(tensor.shape)}, but the layer table says {shape}: use its own table")
     if not tensor.is_floating_point():
         raise InputError(f"{key} is {tensor.dtype}: only floating-point weights become tokens, so dequantise it first")
 
@@ -320,8 +319,8 @@ def _tokenizable(state_dict: Mapping[str, Tensor], batch_norm: BatchNorm) -> lis
         found.append((key, kind, bias_key, math.prod(shape[1:]) + (bias_key is not None)))
     if not found:
         raise InputError(
-            f"none of the {len(state_dict)} entries of the state dict can become tokens: it needs floating-point tensors "
-            f"named weight; found {', '.join(list(state_dict)[:5]) or 'nothing'}"
+            f"none of the {len(state_dict)} entries of the state dict can become tokens: it needs floating-point "
+            f"tensors named weight; found {', '.join(list(state_dict)[:5]) or 'nothing'}"
         )
     return found
 
