@@ -66,7 +66,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _natural(key: str) -> tuple[list[list[str | int]], int, str]:
-    """Sort key: modules with numbers as numbers (``layers.9`` before ``layers.10``), then as torch registers tensors."""
+    """Sort key: modules with numbers as numbers (``layers.9`` before ``layers.10``), then tensors as torch has them."""
     module, _, name = key.rpartition(".")
     parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", step)] for step in module.split(".")]
     return parts, _TENSOR_ORDER.index(name) if name in _TENSOR_ORDER else len(_TENSOR_ORDER), name
