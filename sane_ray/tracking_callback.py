@@ -1,0 +1,32 @@
+"""Ray Train's side of tracking: rank 0's reports go to MLflow from the controller, which outlives every worker.
+
+Never runs in a training worker, so no worker waits for MLflow or writes to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train import UserCallback
+
+from sane_ray.tracking import Tracker
+
+
+class TrackingCallback(UserCallback):
+    """Logs the points under ``"history"`` in rank 0's report; for ``ray.train.RunConfig(callbacks=[...])``.
+
+    Steps that were logged before are left out: after a restart, training repeats those since its last checkpoint.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Called by Ray Train's controller when every worker has reported.
+
+        Args:
+            run_context: of the training run; not used.
+            metrics: one report a worker, by rank. Rank 0's may hold ``"history"``: points as `Tracker.log` takes them.
+            checkpoint: of this report, or None; not used.
+        """
+        self._tracker.log(metrics[0].get("history", ()), new_steps_only=True)
