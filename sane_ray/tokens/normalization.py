@@ -127,8 +127,8 @@ class Normalization:
             table: Their layers.
 
         Returns:
-            The tokens, float32 in new memory; and for ``l2`` that model's scale, float32 [layers] (1 where a layer is all zero),
-            to be kept beside the tokens, otherwise None.
+            The tokens, float32 in new memory; and for ``l2`` that model's scale, float32 [layers] (1 where a layer is
+            all zero), to be kept beside the tokens, otherwise None.
 
         Raises:
             InputError: Tokens, table and normalisation do not fit.
@@ -254,7 +254,7 @@ def _model_scale(tokens_NT: Tensor, table: LayerTable) -> Tensor:
     """Euclidean norm of each layer, float32 [layers]; 1 where it is zero."""
     parts = tokens_NT.detach().double().square().sum(dim=1).split([layer.num_tokens for layer in table.layers])
     norms = torch.stack([part.sum() for part in parts]).sqrt().float()
-    return torch.where(norms > _FLOAT32.tiny, norms, 1.0)
+    return torch.where(norms > float(_FLOAT32.tiny), norms, 1.0)
 
 
 def _padding(tokens_NT: Tensor, table: LayerTable) -> Tensor:
