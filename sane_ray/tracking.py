@@ -1,8 +1,8 @@
 """The one MLflow writer of every job: one run per identity, which a server that is away neither stops nor thins out.
 
-Everything is first written to a file beside the results (the *spool*, JSON lines) and leaves it once MLflow has it.
-So an outage, a killed process and a server that was never up are one case, and what is pending can be sent at any later
-time with ``python -m sane_ray.tracking SPOOL_FILE``. Sending a line twice does no harm: of two metrics that are equal in
+Everything is first written to a file beside the results (the *spool*, JSON lines) and leaves it once MLflow has it, so
+an outage, a killed process and a server that was never up are one case. What is pending can be sent at any later time
+with ``python -m sane_ray.tracking SPOOL_FILE``. Sending a line twice does no harm: of two metrics that are equal in
 name, step, time and value, MLflow's database keeps one.
 
 Never touches MLflow's process-wide state (active run, tracking URI), imports Ray, or raises because of a server.
