@@ -1,0 +1,303 @@
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+from sane_ray.errors import InputError
+from sane_ray.tokens.symmetry import (
+    Symmetry,
+    derive_symmetry,
+    gather_indices,
+    permute,
+    random_permutations,
+)
+from sane_ray.tokens.tokenizer import build_layer_table, natural_order, tokenize
+
+
+def cnn():
+    """Convolutions, tanh, pooling, a flatten and two linear layers, numbered as in the published zoos."""
+    maps = (nn.Conv2d(1, 6, 3), nn.MaxPool2d(2), nn.Tanh(), nn.Conv2d(6, 5, 3, bias=False), nn.Tanh(), nn.Flatten())
+    features = (nn.Linear(5 * 3 * 3, 9), nn.Dropout(0.5), nn.Tanh(), nn.Linear(9, 4))
+    network = nn.Sequential()
+    network.add_module("module_list", nn.Sequential(*maps, *features))
+    return network, torch.randn(3, 1, 12, 12)
+
+
+def cnn_batch_norm():
+    """Batch norms on maps, on flattened maps (longer than the convolution is wide), and without affine parameters."""
+    first = (nn.BatchNorm2d(2), nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+    second = (nn.Conv2d(6, 5, 3), nn.PReLU(), nn.BatchNorm2d(5, affine=False), nn.Flatten(), nn.BatchNorm1d(45))
+    third = (nn.Linear(45, 7), nn.BatchNorm1d(7), nn.GELU(), nn.Linear(7, 4), nn.BatchNorm1d(4))
+    return nn.Sequential(*first, *second, *third), torch.randn(8, 2, 7, 7)
+
+
+def cnn_group_norm():
+    """A group norm and a PReLU hold the channels that they read in place; the rest may move."""
+    maps = (nn.Conv2d(1, 6, 3), nn.GroupNorm(3, 6), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten())
+    features = (nn.Linear(36, 8), nn.PReLU(8), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
+    return nn.Sequential(*maps, *features), torch.randn(3, 1, 7, 7)
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride, shortcut, depth):
+        super().__init__()
+        widths = [inputs, *[outputs // (depth - 1)] * (depth - 1), outputs]
+        for place in range(1, depth + 1):
+            step = stride if place == 1 else 1
+            conv = nn.Conv2d(widths[place - 1], widths[place], 3, step, padding=1, bias=False)
+            setattr(self, f"conv{place}", conv)
+            setattr(self, f"bn{place}", nn.BatchNorm2d(widths[place]))
+        self.depth, self.shortcut_name = depth, shortcut
+        if stride != 1 or inputs != outputs:
+            self.add_module(
+                shortcut, nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            )
+
+    def forward(self, x):
+        y = x
+        for place in range(1, self.depth + 1):
+            y = getattr(self, f"bn{place}")(getattr(self, f"conv{place}")(y))
+            y = functional.relu(y) if place < self.depth else y
+        shortcut = getattr(self, self.shortcut_name, nn.Identity())
+        return functional.relu(y + shortcut(x))
+
+
+class ResNet(nn.Module):
+    def __init__(self, shortcut="downsample", head="fc", depth=2):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.layer1 = nn.Sequential(Block(4, 4, 1, shortcut, depth), Block(4, 4, 1, shortcut, depth))
+        self.layer2 = nn.Sequential(Block(4, 8, 2, shortcut, depth), Block(8, 8, 1, shortcut, depth))
+        self.add_module(head, nn.Linear(8, 5))
+        self.head = head
+
+    def forward(self, x):
+        x = self.layer2(self.layer1(functional.relu(self.bn1(self.conv1(x)))))
+        return getattr(self, self.head)(x.mean(dim=(2, 3)))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.model = inner
+
+    def forward(self, x):
+        return self.model(x)
+
+
+NETWORKS = {
+    "cnn": cnn,
+    "cnn_batch_norm": cnn_batch_norm,
+    "cnn_group_norm": cnn_group_norm,
+    "resnet": lambda: (ResNet(), torch.randn(4, 3, 8, 8)),
+    "resnet_shortcut": lambda: (Wrapped(ResNet("shortcut", "linear")), torch.randn(4, 3, 8, 8)),
+    "resnet_bottleneck": lambda: (ResNet(depth=3), torch.randn(4, 3, 8, 8)),
+}
+PERMUTATIONS = {
+    "cnn": 3, "cnn_batch_norm": 3, "cnn_group_norm": 2, "resnet": 6, "resnet_shortcut": 6, "resnet_bottleneck": 10
+}  # fmt: skip
+
+
+def trained(name):
+    """The network in eval mode, its batch norms random and after training passes, so that no two channels are alike."""
+    torch.manual_seed(0)
+    network, images = NETWORKS[name]()
+    with torch.no_grad():
+        for module in network.modules():
+            if getattr(module, "weight", None) is not None and module.weight.dim() == 1:
+                module.weight.uniform_(0.5, 2)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.normal_()
+        for _ in range(5):
+            network(images + torch.randn_like(images))
+    return network.double().eval(), images.double()
+
+
+def outputs(network, images, state_dict):
+    network = copy.deepcopy(network)
+    network.load_state_dict(state_dict)
+    with torch.no_grad():
+        return network(images)
+
+
+def generator():
+    return np.random.default_rng(7)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("batch_norm", ["keep", "ignore"])
+def test_permuted_weights_differ_and_compute_the_same_function(name, batch_norm):
+    network, images = trained(name)
+    state_dict = network.state_dict()
+    symmetry = derive_symmetry(build_layer_table(state_dict, batch_norm=batch_norm))
+    assert len(symmetry.sizes) == PERMUTATIONS[name] and not symmetry.is_trivial
+    expected = network(images)
+    permuted = permute(state_dict, symmetry, random_permutations(symmetry, generator()))
+    assert list(permuted) == list(state_dict)
+    assert (outputs(network, images, permuted) - expected).abs().max() < 1e-10
+    for key in symmetry.axes:
+        assert permuted[key].shape == state_dict[key].shape
+        assert torch.equal(permuted[key].flatten().sort()[0], state_dict[key].flatten().sort()[0])
+        if state_dict[key].dim() > 1:
+            assert not torch.equal(permuted[key], state_dict[key])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_permutation_alone_keeps_the_function_and_each_axis_left_out_breaks_it(name):
+    network, images = trained(name)
+    state_dict = network.state_dict()
+    symmetry = derive_symmetry(build_layer_table(state_dict))
+    expected = network(images)
+    identity = {permutation: np.arange(size) for permutation, size in symmetry.sizes.items()}
+    for permutation, size in symmetry.sizes.items():
+        one = {**identity, permutation: np.roll(np.arange(size), 1)}
+        permuted = permute(state_dict, symmetry, one)
+        assert (outputs(network, images, permuted) - expected).abs().max() < 1e-10
+        for key, names in symmetry.axes.items():
+            if permutation in names:
+                incomplete = {**permuted, key: state_dict[key]}
+                assert (outputs(network, images, incomplete) - expected).abs().max() > 1e-6, (permutation, key)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("batch_norm", ["keep", "ignore"])
+@pytest.mark.parametrize("token_size", [0, 5, 8, 64])
+def test_gathering_tokens_equals_tokenizing_the_permuted_network(name, batch_norm, token_size):
+    state_dict = trained(name)[0].state_dict()
+    table = build_layer_table(state_dict, token_size=token_size, batch_norm=batch_norm)
+    symmetry = derive_symmetry(table)
+    permutations = random_permutations(symmetry, generator())
+    tokens = tokenize(state_dict, table)
+    expected = tokenize(permute(state_dict, symmetry, permutations), table)
+    indices = gather_indices(table, symmetry, permutations)
+    assert indices.dtype == np.int64 and indices.shape == (tokens.numel(),)
+    assert not torch.equal(tokens, expected)
+    assert torch.equal(tokens.reshape(-1)[torch.from_numpy(indices)].reshape(tokens.shape), expected)
+    assert np.array_equal(np.sort(indices), np.arange(tokens.numel()))
+
+
+@pytest.mark.parametrize("window", [1, 3, 16])
+def test_a_window_of_indices_is_a_slice_of_all(window):
+    table = build_layer_table(trained("resnet")[0].state_dict(), token_size=5)
+    symmetry = derive_symmetry(table)
+    permutations = random_permutations(symmetry, generator())
+    every = gather_indices(table, symmetry, permutations).reshape(table.num_tokens, 5)
+    for start in range(table.num_tokens - window + 1):
+        found = gather_indices(table, symmetry, permutations, start, start + window)
+        assert np.array_equal(found.reshape(window, 5), every[start : start + window])
+    assert gather_indices(table, symmetry, permutations, table.num_tokens).size == 0
+
+
+def test_the_identity_gathers_every_value_from_its_place(parity):
+    state_dict = natural_order(load_file(parity / "cnn_a.safetensors"))
+    table = build_layer_table(state_dict, token_size=32)
+    symmetry = derive_symmetry(table)
+    assert symmetry.sizes == {f"module_list.{index}": size for index, size in ((0, 8), (3, 6), (6, 4), (9, 20))}
+    identity = {name: np.arange(size) for name, size in symmetry.sizes.items()}
+    assert np.array_equal(gather_indices(table, symmetry, identity), np.arange(table.num_tokens * 32))
+    trivial = Symmetry({}, {})
+    assert np.array_equal(gather_indices(table, trivial, {}), np.arange(table.num_tokens * 32))
+
+
+def test_a_flatten_moves_blocks_and_leaves_the_order_within_them():
+    state_dict = {"0.weight": torch.randn(2, 1, 3, 3), "2.weight": torch.arange(6.0).reshape(1, 6)}
+    symmetry = derive_symmetry(build_layer_table(state_dict))
+    permuted = permute(state_dict, symmetry, {"0": np.array([1, 0])})
+    assert permuted["2.weight"].tolist() == [[3, 4, 5, 0, 1, 2]]
+    assert torch.equal(permuted["0.weight"], state_dict["0.weight"].flip(0))
+
+
+def test_residual_streams_share_a_permutation_until_a_shortcut_with_weights():
+    axes = derive_symmetry(build_layer_table(ResNet().state_dict())).axes
+    assert axes["layer1.0.conv2.weight"][0] == axes["layer1.1.conv2.weight"][0] == axes["conv1.weight"][0] == "conv1"
+    assert axes["layer2.0.conv1.weight"][1] == axes["layer2.0.downsample.0.weight"][1] == "conv1"
+    stream = axes["layer2.0.downsample.0.weight"][0]
+    assert stream == axes["layer2.0.conv2.weight"][0] == axes["layer2.1.bn2.running_var"][0] == axes["fc.weight"][1]
+    assert stream != "conv1" and "fc.bias" not in axes
+
+
+def test_untokenized_entries_move_and_unnamed_ones_pass_through():
+    state_dict = trained("cnn_batch_norm")[0].state_dict()
+    symmetry = derive_symmetry(build_layer_table(state_dict, batch_norm="ignore"))
+    permutation = random_permutations(symmetry, generator())
+    permuted = permute({**state_dict, "other": state_dict["1.weight"]}, symmetry, permutation)
+    assert torch.equal(permuted["2.running_var"], state_dict["2.running_var"][permutation["1"]])
+    assert permuted["2.num_batches_tracked"] is state_dict["2.num_batches_tracked"]
+    assert permuted["other"] is state_dict["1.weight"]
+
+
+class PreActivation(nn.Module):
+    """As many tensors as a residual block, but another function."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.layer1 = nn.Sequential(Block(4, 4, 1, "shortcut", 2))
+
+
+def padded_shortcut():
+    state_dict = ResNet().state_dict()
+    return {key: value for key, value in state_dict.items() if "downsample" not in key}
+
+
+@pytest.mark.parametrize(
+    "state_dict",
+    [
+        nn.TransformerEncoderLayer(8, 2, 16).state_dict(),
+        nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1)).state_dict(),
+        nn.Sequential(nn.Linear(3, 4), nn.Linear(8, 2)).state_dict(),
+        nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(4, 2))).state_dict(),
+        nn.Sequential(nn.Linear(3, 2)).state_dict(),
+        nn.Linear(3, 2).state_dict(),
+        {**nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).state_dict(), "token": torch.zeros(4)},
+        PreActivation().state_dict(),
+        padded_shortcut(),
+        {**ResNet().state_dict(), "layer1.0.gate.weight": torch.zeros(4, 4)},
+    ],
+    ids=[
+        "transformer", "grouped", "broken_chain", "nested", "one_layer", "linear", "extra", "pre_activation",
+        "padded_shortcut", "extra_module",
+    ],
+)  # fmt: skip
+def test_unknown_networks_get_the_trivial_symmetry(state_dict):
+    table = build_layer_table(state_dict)
+    symmetry = derive_symmetry(table)
+    assert symmetry.is_trivial and symmetry.axes == {}
+    permuted = permute(state_dict, symmetry, random_permutations(symmetry, generator()))
+    assert all(permuted[key] is value for key, value in state_dict.items())
+
+
+def test_permutations_follow_the_seed_and_a_symmetry_survives_json():
+    symmetry = derive_symmetry(build_layer_table(ResNet().state_dict()))
+    again = Symmetry.from_dict(json.loads(json.dumps(symmetry.to_dict(), sort_keys=True)))
+    assert again == symmetry
+    first, second = (random_permutations(each, generator()) for each in (symmetry, again))
+    assert first.keys() == symmetry.sizes.keys()
+    for name, size in symmetry.sizes.items():
+        assert np.array_equal(first[name], second[name])
+        assert np.array_equal(np.sort(first[name]), np.arange(size))
+
+
+def test_permutations_that_do_not_fit_are_refused():
+    state_dict = {"0.weight": torch.randn(4, 2), "0.bias": torch.randn(4), "1.weight": torch.randn(3, 4)}
+    table = build_layer_table(state_dict)
+    symmetry = derive_symmetry(table)
+    for permutations, message in (({}, "0 is missing"), ({"0": np.arange(2)}, "has 2 entries")):
+        with pytest.raises(InputError, match=message):
+            permute(state_dict, symmetry, permutations)
+        with pytest.raises(InputError, match=message):
+            gather_indices(table, symmetry, permutations)
+    good = {"0": np.arange(4)}
+    with pytest.raises(InputError, match=r"0.weight has an axis of 5"):
+        permute({"0.weight": torch.zeros(5, 2)}, symmetry, good)
+    with pytest.raises(InputError, match=r"1 axes of 0.weight, which has 2"):
+        gather_indices(table, Symmetry({"0.weight": ("0",)}, {"0": 4}), good)
+    with pytest.raises(InputError, match=r"0.weight and 0.bias by different"):
+        gather_indices(table, Symmetry({"0.weight": ("0", None)}, {"0": 4}), good)
+    with pytest.raises(InputError, match="tokens 3 to 9"):
+        gather_indices(table, symmetry, good, 3, 9)

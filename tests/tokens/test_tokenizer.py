@@ -1,0 +1,277 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sane_ray.errors import InputError
+from sane_ray.tokens.tokenizer import (
+    LayerTable,
+    build_layer_table,
+    detokenize,
+    discover_token_size,
+    natural_order,
+    tokenize,
+)
+
+MODULE_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def cnn_a(parity):
+    return natural_order(load_file(parity / "cnn_a.safetensors"))
+
+
+def small_bn(parity):
+    stored = load_file(parity / "small_bn.safetensors")
+    keys = [f"{module}.{name}" for module in ("conv1", "bn1", "conv2", "bn2", "fc") for name in MODULE_ENTRIES]
+    return {key: stored[key] for key in keys if key in stored}
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int32)
+
+
+def linear(inputs=3, outputs=2, **extra):
+    return {"a.weight": torch.randn(outputs, inputs), "a.bias": torch.randn(outputs), **extra}
+
+
+@pytest.mark.parametrize(
+    ("network", "token_size", "batch_norm", "file"),
+    [
+        (cnn_a, 0, "keep", "cnn_a_tokens.npz"),
+        (cnn_a, 32, "keep", "cnn_a_tokens_t32.npz"),
+        (small_bn, 16, "keep", "small_bn_tokens_t16_ignore_bn_false.npz"),
+        (small_bn, 16, "ignore", "small_bn_tokens_t16_ignore_bn_true.npz"),
+    ],
+)
+def test_tokens_positions_and_mask_equal_the_published_code(parity, network, token_size, batch_norm, file):
+    state_dict, published = network(parity), np.load(parity / file)
+    table = build_layer_table(state_dict, token_size=token_size, batch_norm=batch_norm)
+    tokens = tokenize(state_dict, table)
+    assert torch.equal(bits(tokens), bits(torch.from_numpy(published["tokens"])))
+    assert np.array_equal(table.positions, published["pos"])
+    assert np.array_equal(np.arange(table.token_size) < table.signal_counts[:, None], published["mask"])
+    assert table.num_tokens == len(published["tokens"]) and table.token_size == published["tokens"].shape[1]
+    assert table.parameters == published["mask"].sum() == table.signal_counts.sum()
+    assert np.array_equal(table.layer_of_token, published["pos"][:, 1])
+    assert table.position_sizes == tuple(published["pos"].max(axis=0) + 1)
+
+
+@pytest.mark.parametrize("network", [cnn_a, small_bn])
+@pytest.mark.parametrize("token_size", [0, 1, 7, 37, 1000])
+@pytest.mark.parametrize("batch_norm", ["keep", "ignore"])
+def test_detokenize_is_the_exact_inverse(parity, network, token_size, batch_norm):
+    state_dict = network(parity)
+    table = build_layer_table(state_dict, token_size=token_size, batch_norm=batch_norm)
+    tokens = tokenize(state_dict, table)
+    restored = detokenize(tokens, table, reference=state_dict)
+    assert list(restored) == list(state_dict)
+    for key, value in state_dict.items():
+        assert restored[key].dtype == value.dtype and restored[key].shape == value.shape
+        assert torch.equal(restored[key], value)
+    assert torch.equal(bits(tokenize(restored, table)), bits(tokens))
+
+
+def test_without_a_reference_only_tokenized_keys_come_back_and_tokenize_again(parity):
+    state_dict = small_bn(parity)
+    table = build_layer_table(state_dict, token_size=16, batch_norm="ignore")
+    restored = detokenize(tokenize(state_dict, table), table)
+    assert list(restored) == ["conv1.weight", "conv2.weight", "conv2.bias", "fc.weight", "fc.bias"]
+    assert torch.equal(tokenize(restored, table), tokenize(state_dict, table))
+
+
+def test_natural_order_restores_the_order_of_numbered_modules():
+    names = [f"layers.{index}.{name}" for index in range(12) for name in MODULE_ENTRIES]
+    assert list(natural_order(dict.fromkeys(sorted(names)))) == names
+    mixed = ["weight", "block2.weight", "block10.weight", "block10.0.weight", "block10.0.gamma"]
+    assert list(natural_order(dict.fromkeys(reversed(mixed)))) == mixed
+
+
+def test_token_size_is_the_widest_channel_with_or_without_bias(parity):
+    assert discover_token_size(cnn_a(parity)) == 201
+    state_dict = {"conv.weight": torch.zeros(2, 4, 3, 3), "fc.weight": torch.zeros(5, 2), "fc.bias": torch.zeros(5)}
+    assert discover_token_size(state_dict) == 36
+    assert build_layer_table(state_dict).token_size == 36
+    norm = {"n.running_mean": torch.zeros(3), "n.running_var": torch.ones(3)}
+    widths = {"n.weight": torch.ones(3), "n.bias": torch.ones(3), "thin.weight": torch.zeros(3, 1)}
+    assert discover_token_size({**norm, **widths}) == 2
+    assert discover_token_size({**norm, **widths}, batch_norm="ignore") == 1
+
+
+def test_batch_norm_is_recognised_by_structure_not_by_letters():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.Linear(3, 4)
+            self.scale = nn.BatchNorm1d(4)
+            self.plain = nn.BatchNorm1d(4, affine=False)
+            self.batchnorm = nn.LayerNorm(4)
+
+    state_dict = Network().state_dict()
+    kinds = {layer.key: layer.kind for layer in build_layer_table(state_dict).layers}
+    assert kinds == {
+        "bn.weight": "linear",
+        "scale.weight": "norm",
+        "scale.running_mean": "running_mean",
+        "scale.running_var": "running_var",
+        "plain.running_mean": "running_mean",
+        "plain.running_var": "running_var",
+        "batchnorm.weight": "other",
+    }
+    ignored = build_layer_table(state_dict, batch_norm="ignore")
+    assert [layer.key for layer in ignored.layers] == ["bn.weight", "batchnorm.weight"]
+    assert {entry.key: entry.reason for entry in ignored.untokenized}["scale.bias"] == "batch norm is ignored"
+
+
+def test_kept_batch_norm_is_three_layers_of_two_one_and_one_values_a_channel(parity):
+    table = build_layer_table(small_bn(parity), token_size=16)
+    layers = [(layer.key, layer.kind, layer.width, layer.channels, layer.bias_key) for layer in table.layers[1:4]]
+    assert layers == [
+        ("bn1.weight", "norm", 2, 4, "bn1.bias"),
+        ("bn1.running_mean", "running_mean", 1, 4, None),
+        ("bn1.running_var", "running_var", 1, 4, None),
+    ]
+
+
+def test_everything_that_is_not_tokenized_is_listed_with_its_reason():
+    odd = {
+        "cls_token": torch.zeros(1, 1, 4),
+        "attention.in_proj_weight": torch.zeros(6, 2),
+        "weight_net.weight_g": torch.zeros(3),
+        "lonely.bias": torch.zeros(3),
+        "transposed.weight": torch.zeros(2, 5, 3, 3),
+        "transposed.bias": torch.zeros(5),
+        "half_norm.running_mean": torch.zeros(3),
+        "counter.num_batches_tracked": torch.tensor(3),
+        "quantised.weight": torch.zeros(3, 3, dtype=torch.int8),
+        "scalar.weight": torch.tensor(1.0),
+        "empty.weight": torch.zeros(0, 3),
+        "sparse.weight": torch.eye(3).to_sparse(),
+        "extra_state": {"version": 1},
+    }
+    state_dict = linear(**odd)
+    table = build_layer_table(state_dict)
+    assert [layer.key for layer in table.layers] == ["a.weight", "transposed.weight"]
+    assert table.layers[1].bias_key is None
+    reasons = {entry.key: entry.reason for entry in table.untokenized}
+    assert reasons == {
+        "cls_token": "named cls_token, not weight, bias or running statistic",
+        "attention.in_proj_weight": "named in_proj_weight, not weight, bias or running statistic",
+        "weight_net.weight_g": "named weight_g, not weight, bias or running statistic",
+        "lonely.bias": "bias without a tokenised weight beside it",
+        "transposed.bias": "bias does not have one value for each channel of its weight (2, 5, 3, 3)",
+        "half_norm.running_mean": "running statistic without the other one of the same shape beside it",
+        "counter.num_batches_tracked": "torch.int64 is not floating point",
+        "quantised.weight": "torch.int8 is not floating point",
+        "scalar.weight": "a scalar has no channels",
+        "empty.weight": "holds no values",
+        "sparse.weight": "torch.sparse_coo is not dense",
+        "extra_state": "not a tensor",
+    }
+    restored = detokenize(tokenize(state_dict, table), table, reference=state_dict)
+    assert restored["extra_state"] == {"version": 1} and restored["counter.num_batches_tracked"] == 3
+
+
+def test_a_weight_without_a_module_finds_its_bias():
+    table = build_layer_table(nn.Linear(3, 2).state_dict())
+    assert [(layer.key, layer.bias_key) for layer in table.layers] == [("weight", "bias")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_and_layouts_become_float32_and_return_to_the_reference_dtype(dtype):
+    state_dict = {"a.weight": torch.randn(4, 6).to(dtype).t(), "a.bias": torch.randn(12).to(dtype)[::2]}
+    assert not state_dict["a.weight"].is_contiguous()
+    table = build_layer_table(state_dict, token_size=3)
+    tokens = tokenize(state_dict, table)
+    assert tokens.dtype == torch.float32
+    expected = torch.cat([state_dict["a.weight"].float(), state_dict["a.bias"].float()[:, None]], dim=1)
+    assert torch.equal(tokens.view(6, 6)[:, :5], expected) and not tokens.view(6, 6)[:, 5].any()
+    restored = detokenize(tokens, table, reference=state_dict)
+    for key, value in state_dict.items():
+        assert restored[key].dtype == dtype
+        assert torch.equal(restored[key], value.float().to(dtype))
+
+
+def test_detokenized_weights_share_no_memory_and_ignore_what_stands_in_the_padding():
+    state_dict = linear(running=torch.ones(2))
+    table = build_layer_table(state_dict, token_size=4)
+    exact = tokenize(state_dict, table)
+    restored = detokenize(exact, table, reference=state_dict)
+    for value in restored.values():
+        value.zero_()
+    assert exact.abs().sum() > 0 and state_dict["running"].sum() == 2
+    padded = build_layer_table(state_dict, token_size=5)
+    noisy = tokenize(state_dict, padded)
+    noisy[:, 4:] = torch.nan
+    assert torch.equal(detokenize(noisy, padded)["a.weight"], state_dict["a.weight"])
+
+
+def test_gradients_flow_from_weights_to_tokens():
+    state_dict = linear()
+    table = build_layer_table(state_dict, token_size=3)
+    tokens = tokenize(state_dict, table).requires_grad_()
+    sum(value.sum() for value in detokenize(tokens, table).values()).backward()
+    signal = torch.arange(3) < torch.from_numpy(table.signal_counts)[:, None]
+    assert torch.equal(tokens.grad, signal.float())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda d: d.pop("a.weight"), "lacks a.weight"),
+        (lambda d: d.pop("a.bias"), "lacks a.bias"),
+        (lambda d: d.update({"a.weight": torch.zeros(2, 4)}), r"a.weight has shape \(2, 4\)"),
+        (lambda d: d.update({"a.bias": torch.zeros(3)}), "a.bias has shape"),
+        (lambda d: d.update({"b.weight": torch.zeros(2, 4)}), "has b.weight"),
+        (lambda d: d.update({"a.weight": torch.zeros(2, 3, dtype=torch.int64)}), "a.weight is torch.int64"),
+    ],
+)
+def test_a_state_dict_of_another_architecture_is_refused_by_key(change, named):
+    state_dict = linear()
+    table = build_layer_table(state_dict)
+    tokens = tokenize(state_dict, table)
+    change(state_dict)
+    with pytest.raises(InputError, match=named):
+        tokenize(state_dict, table)
+    with pytest.raises(InputError, match=named):
+        detokenize(tokens, table, reference=state_dict)
+
+
+def test_tokens_of_another_size_and_unusable_input_are_refused():
+    table = build_layer_table(linear())
+    with pytest.raises(InputError, match=r"\(2, 5\).*2 tokens of size 4"):
+        detokenize(torch.zeros(2, 5), table)
+    with pytest.raises(InputError, match="token_size is -1"):
+        build_layer_table(linear(), token_size=-1)
+    with pytest.raises(InputError, match="found step"):
+        build_layer_table({"step": torch.tensor(3)})
+    with pytest.raises(InputError, match="found nothing"):
+        discover_token_size({})
+
+
+def test_a_table_survives_json_and_pickle(parity):
+    table = build_layer_table(small_bn(parity), token_size=16)
+    again = LayerTable.from_dict(json.loads(json.dumps(table.to_dict())))
+    assert again == table and hash(again) == hash(table) and again.fingerprint == table.fingerprint
+    size = len(pickle.dumps(table))
+    assert table.positions.size and len(pickle.dumps(table)) == size  # cached arrays do not travel
+    assert pickle.loads(pickle.dumps(table)) == table
+
+
+def test_the_fingerprint_identifies_the_architecture_and_not_the_token_size():
+    base = build_layer_table(linear()).fingerprint
+    assert build_layer_table(linear(), token_size=1).fingerprint == base
+    others = [
+        linear(inputs=4),
+        {"b.weight": torch.zeros(2, 3), "b.bias": torch.zeros(2)},
+        {"a.weight": torch.zeros(2, 3)},
+        linear(**{"b.weight": torch.zeros(1, 1)}),
+        {"b.weight": torch.zeros(1, 1), **linear()},
+        linear(cls_token=torch.zeros(1)),
+        linear(cls_token=torch.zeros(2)),
+    ]
+    fingerprints = {build_layer_table(other).fingerprint for other in others}
+    assert len(fingerprints) == len(others) and base not in fingerprints
