@@ -60,6 +60,42 @@ def test_tokens_positions_and_mask_equal_the_published_code(parity, network, tok
     assert table.position_sizes == tuple(published["pos"].max(axis=0) + 1)
 
 
+def resnet18(classes):
+    """Shapes of the published ResNet-18, without memory."""
+
+    def convolution(name, outputs, inputs, kernel, norm):
+        shapes = {f"{norm}.{entry}": (outputs,) for entry in MODULE_ENTRIES[:4]}
+        return {f"{name}.weight": (outputs, inputs, kernel, kernel), **shapes}
+
+    shapes, width = convolution("conv1", 64, 3, 3, "bn1"), 64
+    for stage, outputs in enumerate((64, 128, 256, 512), start=1):
+        for block in (f"layer{stage}.0", f"layer{stage}.1"):
+            shapes |= convolution(f"{block}.conv1", outputs, width, 3, f"{block}.bn1")
+            shapes |= convolution(f"{block}.conv2", outputs, outputs, 3, f"{block}.bn2")
+            if width != outputs:
+                shapes |= convolution(f"{block}.downsample.0", outputs, width, 1, f"{block}.downsample.1")
+            width = outputs
+    shapes |= {"fc.weight": (classes, 512), "fc.bias": (classes,)}
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("classes", "token_size", "batch_norm", "tokens", "layers", "signal"),
+    [
+        (10, 288, "keep", 53524, 81, 0.7255),
+        (10, 288, "ignore", 39124, 21, 0.9908),
+        (100, 288, "keep", 53704, 81, 0.7261),
+        (200, 288, "ignore", 39504, 21, 0.9899),
+        (10, 513, "keep", 38282, 81, 0.570),
+        (10, 513, "ignore", 23882, 21, 0.911),
+    ],
+)
+def test_resnet18_has_the_published_number_of_tokens(classes, token_size, batch_norm, tokens, layers, signal):
+    table = build_layer_table(resnet18(classes), token_size=token_size, batch_norm=batch_norm)
+    assert table.num_tokens == tokens and table.position_sizes == (tokens, layers, 512)
+    assert table.parameters / (tokens * token_size) == pytest.approx(signal, abs=1e-3)
+
+
 @pytest.mark.parametrize("network", [cnn_a, small_bn])
 @pytest.mark.parametrize("token_size", [0, 1, 7, 37, 1000])
 @pytest.mark.parametrize("batch_norm", ["keep", "ignore"])
