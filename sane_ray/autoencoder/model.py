@@ -263,9 +263,9 @@ class SANE(nn.Module):
                     f"with larger autoencoder.max_positions[{i}], trained on architectures of this size"
                 )
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[nn.Module]:
         """All transformer blocks, encoder first: the units to shard, compile or recompute."""
-        return [block for stack in (self.encoder, self.decoder) for block in stack if isinstance(block, Block)]
+        return [*self.encoder, *self.decoder]
 
     def flops_per_token(self, window: int) -> float:
         """Floating-point operations of one training step, forward and backward, per token of one view.

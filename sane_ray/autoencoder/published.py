@@ -67,7 +67,7 @@ def config_from_published(config: Mapping[str, Any]) -> AutoencoderConfig:
     if kind != "gpt2":
         raise InputError(
             f"published config: ae:transformer_type is {kind!r}, only 'gpt2' can be converted: 'pytorch' attends "
-            "across the samples of a batch, not the tokens of a window, so an embedding depends on what else is in the batch"
+            "across the samples of a batch, not the tokens of a window, so an embedding depends on its neighbours"
         )
     missing = [key for key in CONFIG_KEYS.values() if key not in config]
     if missing:

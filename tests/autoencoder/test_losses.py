@@ -1,0 +1,298 @@
+"""Also run as a script by its own test of two processes: ``test_losses.py RANK WORLD_SIZE FOLDER``."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from sane_ray.autoencoder.losses import (
+    explained_variance,
+    explained_variance_sums,
+    gather_over_processes,
+    identity,
+    nt_xent,
+    published_explained_variance,
+    reconstruction,
+    sane_loss,
+    signal_mask,
+)
+from sane_ray.autoencoder.model import SANE
+from sane_ray.autoencoder.published import from_published
+from sane_ray.config import AutoencoderConfig, LossConfig
+
+ROOT = Path(__file__).parents[2]
+
+# Sizes that do not divide by two, so that shards are uneven.
+CONFIG = AutoencoderConfig(
+    token_size=33, window=5, d_model=36, heads=3, layers=2, latent_dim=7, max_positions=[19, 5, 7], projection_dim=5
+)
+WINDOWS, STEPS, SEED = 6, 3, 11
+LOSSES = {
+    "signal": LossConfig(gamma=0.3, reconstruction="signal"),
+    "elements": LossConfig(gamma=0.7, temperature=0.5, reconstruction="elements"),
+}
+
+
+def batch(step):
+    """Two views, positions and signal counts of a global batch; the second half of it holds far less signal."""
+    generator = torch.Generator().manual_seed(step)
+    counts = torch.randint(1, 34, (WINDOWS, 5), generator=generator)
+    counts[WINDOWS // 2 :] = counts[WINDOWS // 2 :].clamp(max=6)
+    columns = [torch.randint(size, (WINDOWS, 5), generator=generator) for size in CONFIG.max_positions]
+    views = torch.randn(2, WINDOWS, 5, 33, generator=generator) * signal_mask(counts, 33)
+    return views, torch.stack(columns, dim=-1), counts
+
+
+def train(model, loss, gather, rows):
+    """Losses and gradients of the first step and weights after three, on some windows of each global batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    results = {}
+    for step in range(STEPS):
+        views, positions, counts = batch(step)
+        tokens = views[:, rows].flatten(0, 1)
+        _, y, projection = model(tokens, positions[rows].repeat(2, 1, 1))
+        losses = sane_loss(y, tokens, counts[rows].repeat(2, 1), projection, loss, gather)
+        losses.total.backward()
+        for name, value in losses._asdict().items():
+            results[f"loss.{step}.{name}"] = value.detach()
+        if step == 0:
+            results |= {f"gradient.{name}": whole(p.grad).clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    return results | {f"weight.{name}": whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def main(rank, world_size, folder):
+    """One of the processes: its share of each batch, through a model built on no device, sharded, then initialised."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    share = WINDOWS // world_size
+    for name, loss in LOSSES.items():
+        with torch.device("meta"):
+            model = SANE(CONFIG)
+        for module in [*model.blocks(), model]:
+            fully_shard(module)
+        model.to_empty(device="cpu")
+        model.init_weights(SEED)
+        results = train(model, loss, gather_over_processes, slice(rank * share, (rank + 1) * share))
+        save_file({key: value.contiguous() for key, value in results.items()}, f"{folder}/{name}.{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), "2", str(folder)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(LOSSES))
+def one_and_two(request, two_processes):
+    """Results of one process with the whole batch, and of each of two with half of it."""
+    alone = train(SANE(CONFIG, seed=SEED), LOSSES[request.param], identity, slice(None))
+    return alone, [load_file(two_processes / f"{request.param}.{rank}.safetensors") for rank in range(2)]
+
+
+def test_the_mean_loss_of_two_processes_is_that_of_one(one_and_two):
+    alone, ranks = one_and_two
+    names = [name for name in alone if name.startswith("loss.")]
+    assert len(names) == 3 * STEPS
+    for name in names:
+        torch.testing.assert_close((ranks[0][name] + ranks[1][name]) / 2, alone[name], rtol=1e-5, atol=1e-5)
+    assert abs(ranks[0]["loss.0.reconstruction"] - ranks[1]["loss.0.reconstruction"]) > 0.01
+
+
+def test_the_gradients_of_two_processes_are_those_of_one(one_and_two):
+    alone, ranks = one_and_two
+    names = [name for name in alone if name.startswith("gradient.")]
+    assert len(names) == len(list(SANE(CONFIG).parameters()))
+    for name in names:
+        assert alone[name].norm() > 0
+        for results in ranks:
+            torch.testing.assert_close(results[name], alone[name], rtol=1e-4, atol=1e-5)
+            assert (results[name] - alone[name]).norm() <= 1e-5 * max(1, alone[name].norm())
+
+
+def test_three_optimizer_steps_of_two_processes_are_those_of_one(one_and_two):
+    alone, ranks = one_and_two
+    start = SANE(CONFIG, seed=SEED).state_dict()
+    for name, value in start.items():
+        # A step of AdamW is lr * sign(gradient) at first, so where the gradient is all but zero its sign is rounding.
+        moved = alone[f"gradient.{name}"].abs() > 1e-6
+        assert (alone[f"weight.{name}"] - value)[moved].abs().max() > 1e-3
+        for results in ranks:
+            torch.testing.assert_close(
+                results[f"weight.{name}"][moved], alone[f"weight.{name}"][moved], rtol=0, atol=1e-5
+            )
+
+
+def published_case(parity):
+    """The published model and its batch, views one after the other, with signal before padding in each token.
+
+    The published mask is arbitrary there, so the values of each token are put in an order in which padding comes last.
+    """
+    meta = json.loads((parity / "meta.json").read_text())
+    data = {key: torch.from_numpy(value) for key, value in np.load(parity / "autoencoder_io.npz").items()}
+    model = from_published(load_file(parity / "autoencoder.safetensors"), meta["autoencoder_config"])
+    tokens, mask = torch.cat([data["x"], data["x2"]]), data["mask"].repeat(2, 1, 1)
+    _, y, projection = model(tokens, data["pos"].repeat(2, 1, 1))
+    order = mask.int().argsort(dim=-1, descending=True, stable=True)
+    loss = LossConfig(**meta["loss"], reconstruction="elements")
+    losses = sane_loss(y.gather(-1, order), tokens.gather(-1, order), mask.sum(dim=-1), projection, loss)
+    return model, data, losses, (y, tokens, mask)
+
+
+def test_losses_are_the_published_ones(parity):
+    _, data, losses, _ = published_case(parity)
+    assert losses.total.item() == pytest.approx(data["loss"].item(), abs=1e-6)
+    assert losses.contrast.item() == pytest.approx(data["loss_contrast"].item(), abs=1e-6)
+    assert losses.reconstruction.item() == pytest.approx(data["loss_recon"].item(), abs=1e-6)
+
+
+def test_the_gradient_norm_is_the_published_one(parity):
+    model, data, losses, _ = published_case(parity)
+    losses.total.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    assert norm.item() == pytest.approx(data["grad_norm"].item(), rel=1e-5, abs=1e-6)
+
+
+def test_rsq_is_the_published_one(parity):
+    _, data, _, (y, tokens, mask) = published_case(parity)
+    assert published_explained_variance(y, tokens, mask).item() == pytest.approx(data["rsq"].item(), abs=1e-6)
+
+
+def test_rsq_of_constant_elements_is_one_if_their_error_is_constant_too():
+    target = torch.zeros(4, 1, 3)
+    target[:, 0, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    output, mask = torch.zeros(4, 1, 3), torch.ones(4, 1, 3, dtype=torch.bool)
+    output[:, 0, 2] = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    assert published_explained_variance(output, target, mask).item() == pytest.approx((0 + 1 + 0) / 3)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 5])
+def test_nt_xent_is_its_definition(windows):
+    first, second = torch.randn(2, windows, 6, generator=torch.Generator().manual_seed(windows))
+    rows = torch.cat([first, second]).double()
+    similarity = F.cosine_similarity(rows[:, None], rows[None], dim=2) / 0.2
+    expected = 0.0
+    for i in range(2 * windows):
+        others = [similarity[i, j] for j in range(2 * windows) if j != i]
+        expected += torch.logsumexp(torch.stack(others), dim=0) - similarity[i, (i + windows) % (2 * windows)]
+    assert nt_xent(first, second, 0.2).item() == pytest.approx(float(expected) / (2 * windows), abs=1e-6)
+
+
+def test_nt_xent_is_least_when_views_agree():
+    first = torch.eye(4)
+    assert nt_xent(first, first, 0.1) < 1e-3
+    assert nt_xent(first, first.roll(1, dims=0), 0.1) > 9
+
+
+def test_projections_of_zero_give_finite_losses_and_gradients():
+    first, second = torch.zeros(3, 6, requires_grad=True), torch.rand(3, 6)
+    loss = nt_xent(first, second, 0.1)
+    loss.backward()
+    assert loss.isfinite()
+    assert first.grad.isfinite().all()
+
+
+def test_low_precision_is_lost_before_the_losses_not_in_them():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(2, 8, 30, generator=generator).bfloat16()
+    y, target = torch.randn(2, 8, 5, 12, generator=generator).bfloat16()
+    counts = torch.full((8, 5), 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        contrast, error = nt_xent(first, second, 0.1), reconstruction(y, target, counts)
+    assert contrast.dtype == error.dtype == torch.float32
+    assert contrast == nt_xent(first.float(), second.float(), 0.1)
+    assert error == reconstruction(y.float(), target.float(), counts)
+    assert torch.equal(
+        explained_variance_sums(y, target, counts), explained_variance_sums(y.float(), target.float(), counts)
+    )
+
+
+def test_reconstruction_ignores_what_is_decoded_into_padding():
+    target, counts = torch.zeros(1, 2, 4), torch.tensor([[3, 1]])
+    y = torch.tensor([[[1.0, 2.0, 3.0, math.nan], [4.0, 1e30, -1e30, 7.0]]], requires_grad=True)
+    for divide_by, size in (("signal", 4), ("elements", 8)):
+        loss = reconstruction(y, target, counts, divide_by)
+        assert loss.item() == pytest.approx((1 + 4 + 9 + 16) / size)
+        (gradient,) = torch.autograd.grad(loss, y)
+        assert torch.equal(gradient != 0, signal_mask(counts, 4))
+
+
+def test_the_signal_mask_is_true_for_the_first_values():
+    mask = signal_mask(torch.tensor([[0, 2, 3]]), 3)
+    assert mask.tolist() == [[[False, False, False], [True, True, False], [True, True, True]]]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0])
+def test_gamma_weighs_the_two_losses(gamma):
+    generator = torch.Generator().manual_seed(0)
+    y, target = torch.randn(2, 6, 5, 12, generator=generator)
+    projection, counts = torch.rand(6, 4, generator=generator), torch.full((6, 5), 7)
+    losses = sane_loss(y, target, counts, projection, LossConfig(gamma=gamma, temperature=0.3))
+    assert losses.contrast == nt_xent(projection[:3], projection[3:], 0.3)
+    assert losses.reconstruction == reconstruction(y, target, counts)
+    assert losses.total == pytest.approx((gamma * losses.contrast + (1 - gamma) * losses.reconstruction).item())
+
+
+def test_explained_variance_of_batches_is_that_of_all_their_signal():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(6, 5, 12, generator=generator) + 3
+    y = 0.7 * target + torch.randn(6, 5, 12, generator=generator) + 1
+    counts = torch.randint(0, 13, (6, 5), generator=generator)
+    sums = sum(explained_variance_sums(y[i : i + 2], target[i : i + 2], counts[i : i + 2]) for i in (0, 2, 4))
+    signal = signal_mask(counts, 12)
+    expected = 1 - np.var((target - y)[signal].double().numpy()) / np.var(target[signal].double().numpy())
+    assert sums[0] == counts.sum()
+    assert explained_variance(sums).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_explained_variance_of_perfect_and_of_useless_reconstructions():
+    target, counts = torch.arange(24.0).view(2, 3, 4), torch.full((2, 3), 4)
+    assert explained_variance(explained_variance_sums(target + 5, target, counts)) == 1
+    assert explained_variance(explained_variance_sums(torch.zeros(2, 3, 4), target, counts)) == 0
+    constant = explained_variance_sums(target, torch.ones(2, 3, 4), counts)
+    assert explained_variance(constant).isnan()
+
+
+def test_without_processes_gathering_changes_nothing():
+    rows = torch.randn(3, 4)
+    assert gather_over_processes(rows) is rows
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
