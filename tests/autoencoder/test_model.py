@@ -129,7 +129,7 @@ def test_any_length_is_encoded_and_decoded_but_only_a_training_window_projected(
         assert model.decode(z, positions.int()).shape == tokens.shape
         with pytest.raises(InputError, match=rf"{length} tokens.*autoencoder.window = 12"):
             model.project(z)
-        with pytest.raises(InputError, match="autoencoder.window"):
+        with pytest.raises(InputError, match=r"autoencoder.window"):
             model(tokens, positions)
 
 
@@ -164,11 +164,11 @@ def test_tensors_of_the_wrong_shape_are_named():
     model, (tokens, positions) = SANE(CONFIG), inputs()
     with pytest.raises(InputError, match=r"tokens have shape.*24\] \(autoencoder.token_size\)"):
         model.encode(tokens[..., :20], positions)
-    with pytest.raises(InputError, match="autoencoder.latent_dim"):
+    with pytest.raises(InputError, match=r"autoencoder.latent_dim"):
         model.decode(tokens, positions)
-    with pytest.raises(InputError, match="positions are torch.int64"):
+    with pytest.raises(InputError, match=r"positions are torch.int64"):
         model.encode(tokens, positions[:, :5])
-    with pytest.raises(InputError, match="positions are torch.float32"):
+    with pytest.raises(InputError, match=r"positions are torch.float32"):
         model.encode(tokens, positions.float())
 
 
@@ -224,7 +224,7 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path):
     (tmp_path / "notes.txt").write_text("keep")
     with pytest.raises(InputError, match=r"holds other files \(notes.txt\)"):
         SANE(CONFIG).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match=r"is a file"):
         SANE(CONFIG).save_pretrained(tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -233,7 +233,7 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(tmp_path):
     SANE(CONFIG, seed=1).save_pretrained(tmp_path / "model")
     broken = SANE(CONFIG, seed=2)
     broken.token_in.weight = torch.nn.Parameter(broken.token_in.weight.to("meta"))
-    with pytest.raises(Exception, match="meta"):
+    with pytest.raises(Exception, match=r"meta"):
         broken.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match=r"preprocessing cannot be written to .*config.json"):
         SANE(CONFIG, seed=2).save_pretrained(tmp_path / "model", {"table": {1, 2}})
@@ -265,7 +265,7 @@ def cut_short(path):
         (lambda folder: cut_short(folder / "config.json"), r"config.json is not JSON"),
         (
             lambda folder: cut_short(folder / "model.safetensors"),
-            r"model.safetensors is not a safetensors file, or cut",
+            r"model.safetensors is not a safetensors file",
         ),
         (lambda folder: edit_config(folder, format="other"), r"config.json is not a sane_ray autoencoder"),
         (lambda folder: edit_config(folder, format_version=99), r"format_version is 99, this sane_ray reads 1"),
@@ -284,7 +284,7 @@ def test_a_damaged_model_folder_is_named(tmp_path, damage, message):
 
 
 def test_a_missing_model_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere is not a folder"):
+    with pytest.raises(InputError, match=r"nowhere is not a folder"):
         SANE.from_pretrained(tmp_path / "nowhere")
 
 
@@ -365,7 +365,7 @@ def test_a_network_goes_with_its_architecture(parity, network):
         z = model.encode_model(state_dict)
         assert set(model.decode_model(z)) <= set(state_dict)
         assert set(model.decode_model(z, state_dict)) == set(state_dict)
-    with pytest.raises(InputError, match="3 embeddings, but the reference network has"):
+    with pytest.raises(InputError, match=r"3 embeddings, but the reference network has"):
         model.decode_model(z[:3], other)
     with pytest.raises(InputError, match=r"no architecture has 3 tokens; known are cnn \(\d+ tokens\), bn \("):
         model.decode_model(z[:3])
@@ -388,7 +388,7 @@ def test_two_architectures_of_one_length_need_a_reference(network):
 
 
 def test_a_model_without_preprocessing_says_so(network):
-    with pytest.raises(InputError, match="no preprocessing"):
+    with pytest.raises(InputError, match=r"no preprocessing"):
         SANE(CONFIG).encode_model(network)
-    with pytest.raises(InputError, match="no preprocessing"):
+    with pytest.raises(InputError, match=r"no preprocessing"):
         SANE(CONFIG).decode_model(torch.zeros(3, 8))

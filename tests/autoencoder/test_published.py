@@ -69,13 +69,13 @@ def test_our_model_goes_to_published_names_and_back():
 @pytest.mark.parametrize("kind", [{"ae:transformer_type": "pytorch"}, {}])
 def test_models_that_attend_across_the_batch_are_refused(published_config, kind):
     del published_config["ae:transformer_type"]
-    with pytest.raises(InputError, match="'pytorch', only 'gpt2'.*across the samples of a batch"):
+    with pytest.raises(InputError, match=r"'pytorch', only 'gpt2'.*across the samples of a batch"):
         config_from_published({**published_config, **kind})
 
 
 def test_weights_of_models_that_attend_across_the_batch_are_refused(published_config, weights):
     weights["transformer_encoder.layers.0.linear1.weight"] = torch.zeros(1)
-    with pytest.raises(InputError, match="'pytorch', which attends across the batch"):
+    with pytest.raises(InputError, match=r"'pytorch', which attends across the batch"):
         from_published(weights, published_config)
 
 
@@ -93,9 +93,9 @@ def test_an_unusable_published_config_is_named(published_config, changes, messag
 
 
 def test_unfitting_published_weights_are_named(published_config, weights):
-    with pytest.raises(InputError, match="published state dict lacks tokenizer.bias"):
+    with pytest.raises(InputError, match=r"published state dict lacks tokenizer.bias"):
         from_published({key: value for key, value in weights.items() if key != "tokenizer.bias"}, published_config)
-    with pytest.raises(InputError, match="published state dict has unknown extra.weight"):
+    with pytest.raises(InputError, match=r"published state dict has unknown extra.weight"):
         from_published({**weights, "extra.weight": torch.zeros(1)}, published_config)
     with pytest.raises(InputError, match=r"pe.pe1.weight has shape \[64, 16\], but the config makes it \[65, 16\]"):
         from_published(weights, {**published_config, "ae:max_positions": [65, 8, 16]})
@@ -103,7 +103,7 @@ def test_unfitting_published_weights_are_named(published_config, weights):
 
 def test_what_the_published_code_cannot_build_is_refused(published_config, weights):
     config = config_from_published(published_config)
-    with pytest.raises(InputError, match="projection_dim is 20"):
+    with pytest.raises(InputError, match=r"projection_dim is 20"):
         config_to_published(dataclasses.replace(config, projection_dim=20))
-    with pytest.raises(InputError, match="state dict lacks"):
+    with pytest.raises(InputError, match=r"state dict lacks"):
         state_dict_to_published(weights, config)
