@@ -134,9 +134,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 damaged += bool(line.strip())
         if damaged:
-            logging.getLogger(__name__).warning(
-                "%s: %d damaged lines; their checkpoints have no properties", path, damaged
-            )
+            _LOG.warning("%s: %d damaged lines; their checkpoints have no properties", path, damaged)
     return [row for row in rows if isinstance(row, dict)]
 
 

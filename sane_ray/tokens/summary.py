@@ -1,0 +1,116 @@
+"""What a token store holds, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sane_ray.tokens.store import SPLITS, Architecture, TokenStore
+
+_LISTED = 20
+"""Skipped checkpoints shown."""
+
+
+def summarize(store: TokenStore) -> str:
+    """Counts by split, architectures with their layers, what is not in the tokens and why, and the columns known."""
+    return "\n".join(
+        [
+            *_heading(store),
+            "",
+            *_splits(store),
+            *(
+                line
+                for architecture in store.architectures.values()
+                for line in ("", *_architecture(store, architecture))
+            ),
+            *_skipped(store),
+            *_columns(store),
+        ]
+    )
+
+
+def _heading(store: TokenStore) -> Iterator[str]:
+    index = store.index
+    yield f"token store {store.path}"
+    yield f"  from           {index['inputs']['source']} (written by {index['written_by']}, format {index['version']})"
+    yield f"  contents       {store.fingerprint[:16]}, {store.num_bytes / 1e6:,.1f} MB in {len(index['files'])} files"
+    yield f"  tokens         {store.token_size} values of {store.dtype}"
+    yield f"  normalisation  {index['normalization']}, per layer, from the train split"
+    yield f"  split          by model, seed {index['split']['seed']}"
+
+
+def _splits(store: TokenStore) -> list[str]:
+    rows: list[Sequence[str]] = [("split", "models", "checkpoints", "tokens", "parameters", "row groups")]
+    for name in (*SPLITS, None):
+        counts = store.counts(name)
+        numbers = (counts.models, counts.checkpoints, counts.tokens, counts.parameters, counts.row_groups)
+        rows.append((name or "all", *(f"{number:,}" for number in numbers)))
+    return _table(rows)
+
+
+def _architecture(store: TokenStore, architecture: Architecture) -> Iterator[str]:
+    table = architecture.table
+    members = pc.sum(pc.equal(store.models["architecture"], architecture.name)).as_py()
+    signal = table.parameters / (table.num_tokens * table.token_size)
+    symmetry = ", ".join(f"{name} ({size})" for name, size in architecture.symmetry.sizes.items()) or "none known"
+    yield f"architecture {architecture.name}: {members:,} checkpoints"
+    yield f"  {table.parameters:,} parameters in {table.num_tokens:,} tokens; {signal:.1%} of the values are weights"
+    yield f"  permutation symmetries: {symmetry}"
+    rows: list[Sequence[str]] = [("layer", "key", "kind", "shape", "channels", "tokens/channel", "shift", "scale")]
+    for number, layer in enumerate(table.layers):
+        key = layer.key if layer.bias_key is None else f"{layer.key} + bias"
+        shift, scale = architecture.normalization.shift[number], architecture.normalization.scale[number]
+        shape = "x".join(map(str, layer.shape))
+        sizes = (f"{layer.channels:,}", str(layer.tokens_per_channel), f"{shift:.3g}", f"{scale:.3g}")
+        rows.append((str(number), key, layer.kind, shape, *sizes))
+    yield from (f"  {line}" for line in _table(rows))
+    if table.untokenized:
+        yield "  not in the tokens:"
+        for entry in table.untokenized:
+            yield f"    {entry.key} {list(entry.shape)}: {entry.reason}"
+
+
+def _skipped(store: TokenStore) -> Iterator[str]:
+    if not store.skipped:
+        return
+    yield from ("", f"left out: {len(store.skipped):,} checkpoints of the zoo")
+    for row in store.skipped[:_LISTED]:
+        yield f"  {row['source']}: {row['reason']}"
+    if len(store.skipped) > _LISTED:
+        yield f"  and {len(store.skipped) - _LISTED:,} more, in store.json"
+
+
+def _columns(store: TokenStore) -> Iterator[str]:
+    names = [name for name in store.models.column_names if name.startswith(("property.", "config."))]
+    if not names:
+        return
+    rows: list[Sequence[str]] = [("known of them", "values", "range")]
+    for name in names:
+        column = store.models[name]
+        rows.append((name, f"{len(column) - column.null_count:,}", _range(column)))
+    yield from ("", *_table(rows))
+
+
+def _range(column: pa.ChunkedArray) -> str:
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        ends: Any = pc.min_max(column).as_py()
+        return f"{ends['min']:.6g} to {ends['max']:.6g}"
+    values = sorted(str(value) for value in pc.unique(column.drop_null()).to_pylist())
+    shown = ", ".join(values[:6])
+    return shown if len(values) <= 6 else f"{shown}, … ({len(values):,} values)"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell; numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = [all(row[column].replace(",", "").isdigit() for row in rows[1:]) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
