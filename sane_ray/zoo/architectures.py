@@ -1,10 +1,10 @@
-"""The small networks of our zoos: the two published ones and one for 8x8 images, each written down once as a list of layers.
+"""The small networks of our zoos: the two published ones and one for 8x8 images, each written once as a list of layers.
 
 A network is rebuilt from a model's ``params.json`` alone. This module never trains and never touches the global random
 state: an initialisation depends on nothing but the seed in the params.
 
-Dropout never has a place of its own in ``cnn_s`` and ``digits_cnn``: it sits inside the activation, so that the keys of a
-state dict do not depend on the dropout rate (the published code shifts them, which makes two architectures of one).
+Dropout never has a place of its own in ``cnn_s`` and ``digits_cnn``: it sits inside the activation, so that the keys of
+a state dict do not depend on the dropout rate (the published code shifts them, which makes two architectures of one).
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     )
 }
-"""By name. Keys, shapes and parameter counts of ``cnn_s`` (2,464 with 1 channel) and ``cnn_l`` (10,853 with 3) are those of
-the published zoos; ``digits_cnn`` has 2,044 parameters in 52 channels of at most 73 values (bias included)."""
+"""By name. Keys, shapes and parameter counts of ``cnn_s`` (2,464 with 1 channel) and ``cnn_l`` (10,853 with 3) are
+those of the published zoos; ``digits_cnn`` has 2,044 parameters in 52 channels of at most 73 values (bias included)."""
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -180,7 +180,7 @@ def architecture_for(name: str, image_shape: tuple[int, int, int]) -> Architectu
     Raises:
         InputError: no architecture has the name, or is meant for the size, or the images are too small for it.
     """
-    channels, height, width = image_shape
+    _, height, width = image_shape
     if name == "auto":
         for architecture in ARCHITECTURES.values():
             if height == width == architecture.image_size:
@@ -226,8 +226,8 @@ def parameter_shapes(
                 features = out
         if min(height, width) < 1:
             raise InputError(
-                f"images of {image_shape[1]}x{image_shape[2]} are too small for zoo.architecture {architecture.name!r}, "
-                f"which is meant for {architecture.image_size}x{architecture.image_size}: "
+                f"images of {image_shape[1]}x{image_shape[2]} are too small for zoo.architecture "
+                f"{architecture.name!r}, which is meant for {architecture.image_size}x{architecture.image_size}: "
                 "name another one, or resize the images"
             )
     return shapes
@@ -238,8 +238,8 @@ def from_params(params: Mapping[str, Any]) -> ZooNet:
 
     Args:
         params: flat, with the published keys ``model::type`` (``CNN`` or ``CNN3``, or a name of ours),
-            ``model::channels_in``, ``model::o_dim``, ``model::nlin``, ``model::dropout``, ``model::init_type``, ``seed``;
-            and ``model::image_height``, ``model::image_width`` where these differ from the architecture's own.
+            ``model::channels_in``, ``model::o_dim``, ``model::nlin``, ``model::dropout``, ``model::init_type``,
+            ``seed``; and ``model::image_height``, ``model::image_width`` where not the architecture's own.
 
     Raises:
         InputError: a key is missing, or has a value that names nothing we know.
@@ -296,7 +296,7 @@ def initialize(net: nn.Module, init_type: str, generator: torch.Generator) -> No
         for module in net.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 INITIALIZATIONS[init_type](module.weight, generator)
-                nn.init.constant_(module.bias, BIAS)
+                module.get_parameter("bias").fill_(BIAS)
 
 
 def _uniform(weight: Tensor, generator: torch.Generator) -> None:
@@ -315,9 +315,7 @@ INITIALIZATIONS: dict[str, Callable[[Tensor, torch.Generator], object]] = {
 """By the published names."""
 
 
-def _module(
-    index: int, layer: Layer, shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, Any]
-) -> nn.Module:
+def _module(index: int, layer: Layer, shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, Any]) -> nn.Module:
     rate = float(params.get("model::dropout") or 0.0)
     match layer:
         case Conv():
@@ -351,5 +349,7 @@ def activation_of(params: Mapping[str, Any]) -> nn.Module:
 
 def _value(params: Mapping[str, Any], key: str) -> Any:
     if key not in params:
-        raise InputError(f"params have no key {key!r} (they have {', '.join(sorted(params))}): the model cannot be rebuilt")
+        raise InputError(
+            f"params have no key {key!r} (they have {', '.join(sorted(params))}): the model cannot be rebuilt"
+        )
     return params[key]

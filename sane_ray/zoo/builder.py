@@ -1,25 +1,27 @@
 """Builds a zoo: trains a population of small networks in Ray tasks and writes it in the published zoo layout.
 
-``<zoo>/config.json`` says what the zoo is; a model is a folder that appears under its name only when all of it is written::
+``<zoo>/config.json`` says what the zoo is; a model is a folder that appears under its name when all of it is written::
 
     NN_tune_trainable_<zoo>_<number>/params.json                 flat, published keys; enough to rebuild the network
                                      result.json                 one JSON line an epoch, from epoch 0 (untrained)
                                      checkpoint_<epoch>/checkpoints   torch.save of the state dict
 
-Model i depends on (seed, i) and the config's choices alone: neither on how many models there are, nor on which train beside it,
-nor on which are already there. Never touches a finished model, and never unpickles anything.
+Model i depends on (seed, i) and the config's choices alone: neither on how many models there are, nor on which train
+beside it, nor on which are already there. Never touches a finished model, and never unpickles anything.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import logging
 import math
-import os
 import shutil
+import statistics
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from tqdm import tqdm
 
 from sane_ray.config import ZooConfig
 from sane_ray.errors import InputError
-from sane_ray.zoo.architectures import architecture_for, parameter_shapes
+from sane_ray.zoo.architectures import architecture_for, from_params, parameter_shapes
 from sane_ray.zoo.images import ImageData, load_images
 from sane_ray.zoo.stacked import SGD_MOMENTUM, Trained, stack_key, train_stack
 
@@ -44,6 +46,9 @@ IN_FLIGHT = 16
 
 LAYOUT = 1
 """Version of what this module writes; part of config.json."""
+
+MOST_VALUES = 8
+"""Most values of a hyper-parameter that a plan counts one by one."""
 
 _UNFINISHED = ".building"
 """Folder inside the zoo where models lie until they are whole; readers pass over hidden folders."""
@@ -71,9 +76,9 @@ class ZooPlan:
     @property
     def parameters(self) -> int:
         """Parameters of one network."""
-        channels, classes = self.images.shape, self.images.classes
-        architecture = architecture_for(self.config.architecture, channels)
-        return sum(math.prod(shape) for shape in parameter_shapes(architecture, channels, classes).values())
+        architecture = architecture_for(self.config.architecture, self.images.shape)
+        shapes = parameter_shapes(architecture, self.images.shape, self.images.classes)
+        return sum(math.prod(shape) for shape in shapes.values())
 
     def missing(self, zoo: Path) -> dict[str, Params]:
         """The models that are not finished in ``zoo``."""
@@ -87,8 +92,8 @@ class ZooPlan:
 def build_zoo(config: ZooConfig, output: Path) -> Path:
     """Trains what is missing of the zoo in ``output``, in tasks of the already connected Ray cluster.
 
-    A model is trained once: an interrupted or repeated build goes on with what is left, and a model whose folder was deleted
-    comes back the same. All nodes must see ``output``. Only one build may write to a zoo at a time.
+    A model is trained once: an interrupted or repeated build goes on with what is left, and a model whose folder was
+    deleted comes back the same. All nodes must see ``output``. Only one build may write to a zoo at a time.
 
     Args:
         config: what to train.
@@ -105,8 +110,9 @@ def build_zoo(config: ZooConfig, output: Path) -> Path:
     plan = plan_zoo(config)
     check_zoo(plan, zoo)
     _write_identity(plan, zoo)
-    shutil.rmtree(zoo / _UNFINISHED, ignore_errors=True)
     missing = plan.missing(zoo)
+    if not missing:
+        return zoo
     try:
         failures = _train_missing(plan, missing, zoo)
     finally:
@@ -128,14 +134,16 @@ def plan_zoo(config: ZooConfig) -> ZooPlan:
     """
     images = load_images(config.dataset, seed=config.seed)
     architecture_for(config.architecture, images.shape)
+    zoo = {**dataclasses.asdict(config), "dataset": images.name}  # a file may move: its fingerprint says what it holds
     identity = {
         "layout": LAYOUT,
-        "zoo": dataclasses.asdict(config),
+        "zoo": zoo,
         "images": {"name": images.name, "fingerprint": images.fingerprint, "shape": list(images.shape)},
     }
-    identity["zoo"]["dataset"] = images.name  # a file may move; its content is in the fingerprint
-    prefix = _digest({**identity, "zoo": {**identity["zoo"], "models": None}})[:5]
-    models = {f"NN_tune_trainable_{prefix}_{index:05d}": _params(config, images, index) for index in range(config.models)}
+    prefix = _digest({**identity, "zoo": {**zoo, "models": None}})[:5]
+    models = {
+        f"NN_tune_trainable_{prefix}_{index:05d}": _params(config, images, index) for index in range(config.models)
+    }
     return ZooPlan(config, images, identity, models)
 
 
@@ -152,7 +160,7 @@ def check_zoo(plan: ZooPlan, zoo: Path) -> None:
         raise InputError(f"--output {zoo} is a file, not a folder: {remedy}")
     path = zoo / "config.json"
     if not path.exists():
-        if any(zoo.iterdir()):
+        if any(entry.name != _UNFINISHED for entry in zoo.iterdir()):
             raise InputError(f"--output {zoo} is not empty, but holds no config.json of a zoo: {remedy}")
         return
     try:
@@ -161,9 +169,37 @@ def check_zoo(plan: ZooPlan, zoo: Path) -> None:
         raise InputError(f"{path} is not JSON ({error}): {remedy}") from error
     for key, here, wanted in _differences(found, json.loads(json.dumps(plan.identity))):
         raise InputError(
-            f"{path} belongs to another zoo: {key} is {here!r} there and {wanted!r} here: "
-            f"set it to {here!r} to go on with that zoo, or {remedy}"
+            f"{path} belongs to another zoo: {key} is {here!r} there, but {wanted!r} is asked for; "
+            f"ask for the same to go on with that zoo, or {remedy}"
         )
+
+
+def describe(plan: ZooPlan, zoo: Path) -> str:
+    """The plan in a few lines: what would be trained, how large it becomes, and where."""
+    missing, epochs = len(plan.missing(zoo)), plan.config.checkpoint_epochs
+    file = io.BytesIO()
+    torch.save(from_params(next(iter(plan.models.values()))).state_dict(), file)
+    kind = architecture_for(plan.config.architecture, plan.images.shape).name
+    rows = ", ".join(f"{len(rows):,} {split}" for split, rows in plan.images.rows.items())
+    channels, height, width = plan.images.shape
+    lines = [
+        f"zoo          {zoo}",
+        f"images       {plan.images.name}: {channels}x{height}x{width}, {plan.images.classes} classes ({rows})",
+        f"models       {len(plan.models):,} {kind} of {plan.parameters:,} parameters; {missing:,} to train",
+        f"checkpoints  {len(plan.models) * len(epochs):,} (epochs {', '.join(map(str, epochs))}), "
+        f"{len(plan.models) * len(epochs) * file.tell() / 1e6:,.1f} MB",
+    ]
+    for key in ("model::nlin", "model::init_type", "model::dropout", "optim::optimizer", "optim::lr", "optim::wd"):
+        values = [params[key] for params in plan.models.values()]
+        counts = collections.Counter(values)
+        if len(counts) > MOST_VALUES:
+            spread = f"{min(values):.2g} .. {max(values):.2g}, median {statistics.median(values):.2g}"
+        else:
+            spread = ", ".join(
+                f"{value} ({count})" for value, count in sorted(counts.items(), key=lambda pair: pair[0])
+            )
+        lines.append(f"{key.split('::')[1]:12} {spread}")
+    return "\n".join(lines)
 
 
 def grid(config: ZooConfig) -> list[Params]:
@@ -233,6 +269,8 @@ def _train_missing(plan: ZooPlan, missing: Mapping[str, Params], zoo: Path) -> d
     """Trains models stack by stack in Ray tasks; returns the failed ones with their reasons."""
     import ray
 
+    if not ray.is_initialized():
+        raise RuntimeError("building a zoo needs a connected Ray: `with sane_ray.cluster.connect(config): ...`")
     task = ray.remote(num_cpus=1)(_build_stack)
     images = ray.put(plan.images)
     stacks = iter(_stacks(missing))
@@ -254,14 +292,16 @@ def _train_missing(plan: ZooPlan, missing: Mapping[str, Params], zoo: Path) -> d
                 try:
                     diverged += ray.get(finished)
                 except ray.exceptions.RayError as error:
-                    reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-                    failures |= dict.fromkeys(names, reason)
+                    cause = getattr(error, "cause", None) or error
+                    failures |= dict.fromkeys(names, f"{type(cause).__name__}: {cause}")
                 progress.update(len(names))
         finally:
             for reference in running:
                 ray.cancel(reference)
     if diverged:
-        _LOG.warning("%d models diverged to NaN or Inf weights, and are in the zoo as such: %s", len(diverged), diverged)
+        _LOG.warning(
+            "%d models diverged to NaN or Inf weights, and are in the zoo as such: %s", len(diverged), diverged
+        )
     return failures
 
 
@@ -319,10 +359,12 @@ def _is_finished(model: Path, epochs: Sequence[int]) -> bool:
 
 
 def _write_identity(plan: ZooPlan, zoo: Path) -> None:
-    zoo.mkdir(parents=True, exist_ok=True)
-    aside = zoo / f".config.{uuid.uuid4().hex}.json"
+    if (zoo / "config.json").exists():
+        return
+    aside = zoo / _UNFINISHED / f"config.{uuid.uuid4().hex}.json"
+    aside.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text(json.dumps(plan.identity, indent=1) + "\n")
-    os.replace(aside, zoo / "config.json")
+    aside.replace(zoo / "config.json")
 
 
 def _differences(found: Any, wanted: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

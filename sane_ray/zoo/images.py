@@ -67,9 +67,9 @@ def load_images(dataset: str, *, seed: int) -> ImageData:
         dataset: `digits`, `mnist5k`, or a path:
 
             * ``.npz`` with arrays ``images`` ([N,H,W], [N,H,W,C] or [N,C,H,W]; C is 1 or 3) and ``labels`` ([N]);
-            * ``.parquet`` with a column ``label`` (integers) and a column ``image``: nested lists ([H][W] or [H][W][C]),
-              a fixed-shape tensor, or a flat list or raw uint8 bytes; flat images take their shape from a column
-              ``shape`` (list of integers), or are square with one channel where there is none.
+            * ``.parquet`` with a column ``label`` (integers) and a column ``image``: nested lists ([H][W] or
+              [H][W][C]), a fixed-shape tensor, or a flat list or raw uint8 bytes; flat images take their shape from a
+              column ``shape`` (list of integers), or are square with one channel where there is none.
 
             uint8 pixels are divided by 255.
         seed: of the split; the same seed gives the same split on any machine.
@@ -215,7 +215,9 @@ def _checked_images(images: np.ndarray, dataset: str) -> np.ndarray:
     if not np.issubdtype(images.dtype, np.number) or np.issubdtype(images.dtype, np.complexfloating):
         raise InputError(f"images of {dataset!r} are of type {images.dtype}: they must be numbers (uint8 or float)")
     if len(images) < FEWEST_IMAGES:
-        raise InputError(f"{dataset!r} holds {len(images)} images: at least {FEWEST_IMAGES} are needed to train and test")
+        raise InputError(
+            f"{dataset!r} holds {len(images)} images: at least {FEWEST_IMAGES} are needed to train and test"
+        )
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] not in CHANNELS and images.shape[3] in CHANNELS:
@@ -236,9 +238,13 @@ def _checked_images(images: np.ndarray, dataset: str) -> np.ndarray:
 def _checked_labels(labels: np.ndarray, dataset: str, images: int) -> np.ndarray:
     """The labels as int64 [N]."""
     if labels.shape != (images,):
-        raise InputError(f"{dataset!r} has {images} images but labels of shape {list(labels.shape)}: one label an image")
+        raise InputError(
+            f"{dataset!r} has {images} images but labels of shape {list(labels.shape)}: one label an image"
+        )
     if not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"labels of {dataset!r} are of type {labels.dtype}: they must be integers, without gaps or nulls")
+        raise InputError(
+            f"labels of {dataset!r} are of type {labels.dtype}: they must be integers, without gaps or nulls"
+        )
     largest = int(labels.max())
     if labels.min() < 0 or largest == 0 or largest >= images:
         raise InputError(

@@ -1,15 +1,16 @@
 """Trains many networks of one architecture at once: each layer is one batched matrix product over all of them.
 
-A step of one small network is nearly all overhead; a stack of sixteen takes about three. What a network becomes depends on its
-own params and the images alone, bit for bit, never on its neighbours in the stack. Three things see to that: every network has
-its own random generators; the products of one network never see another's values; and batches and parameter slots are padded to
-a multiple of ``LANES`` values, so that each network's data meets the processor's vectors and BLAS at the same alignment wherever
-it lies in the stack.
+A step of one small network is nearly all overhead: sixteen in a stack take as long as three alone. What a network
+becomes depends on its own params and the images, bit for bit, never on its neighbours in the stack. Three things see to
+that: every network has its own random generators; the products of one network never see another's values; and batches
+and parameter slots are padded to a multiple of ``LANES`` values, so that each network's data meets the processor's
+vectors and BLAS at the same alignment wherever it lies in the stack.
 
 Never reads or writes a file and never imports Ray.
 
-Shape suffixes: M networks, C channels, H height, W width, K values a convolution sees, P pixels, F features, B images of a batch.
-The batch is the last axis: then a convolution is the weight as stored times patches, and every loop runs over whole vectors.
+Shape suffixes: M networks, N images, B images of a batch, C channels, H height, W width, F features, k filter side,
+K classes, S padded parameters. The batch is the last axis: then a convolution is the weight as stored times patches,
+and every loop runs over whole vectors.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ class Trained:
 
 def stack_key(params: Mapping[str, Any]) -> tuple[Any, ...]:
     """What networks of one stack have in common: the operations that run, whatever their numbers."""
-    return (described(params).name, image_shape_of(params), params["model::o_dim"], params["model::nlin"]) + (
-        params["training::batchsize"],
-    )
+    same = ("model::o_dim", "model::nlin", "training::batchsize")
+    return (described(params).name, image_shape_of(params), *(params[name] for name in same))
 
 
-def train_stack(models: Sequence[Mapping[str, Any]], images: ImageData, checkpoint_epochs: Sequence[int]) -> list[Trained]:
+def train_stack(
+    models: Sequence[Mapping[str, Any]], images: ImageData, checkpoint_epochs: Sequence[int]
+) -> list[Trained]:
     """Trains networks side by side with cross-entropy, each with its own seed, optimiser and regularisation.
 
     Args:
@@ -138,7 +140,7 @@ class _Stack:
                 case Conv():
                     x = _convolve(x, next(parameters), next(parameters), layer.padding)
                 case Pool():
-                    x = _MaxPool.apply(x)  # type: ignore[no-untyped-call]
+                    x = _MaxPool.apply(x)
                 case Activation():
                     x = drop(self.activation(x)) if layer.dropout else self.activation(x)
                 case Dropout():
@@ -315,7 +317,7 @@ def _convolve(x_MCHWB: Tensor, weight_MFCkk: Tensor, bias_MF: Tensor, padding: i
     if padding:
         x_MCHWB = functional.pad(x_MCHWB, (0, 0, padding, padding, padding, padding))
     height, width, batch = x_MCHWB.shape[2] - kernel + 1, x_MCHWB.shape[3] - kernel + 1, x_MCHWB.shape[4]
-    patches = _Patches.apply(x_MCHWB, kernel).expand(count, -1, -1)  # type: ignore[no-untyped-call]
+    patches = _Patches.apply(x_MCHWB, kernel).expand(count, -1, -1)
     return torch.baddbmm(bias_MF[:, :, None], weight_MFCkk.flatten(2), patches).view(
         count, features, height, width, batch
     )
@@ -334,7 +336,7 @@ class _Patches(torch.autograd.Function):
         return windows.permute(0, 1, 5, 6, 2, 3, 4).reshape(x.shape[0], x.shape[1] * kernel * kernel, -1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         count, channels, height, width, batch = ctx.shape
         kernel = ctx.kernel
         rows, columns = height - kernel + 1, width - kernel + 1
@@ -347,7 +349,7 @@ class _Patches(torch.autograd.Function):
 
 
 class _MaxPool(torch.autograd.Function):
-    """[M, C, H, W, B] -> [M, C, H//2, W//2, B]: the largest of 2x2 pixels; among equals the first takes the gradient."""
+    """[M, C, H, W, B] -> [M, C, H//2, W//2, B]: the largest of 2x2 pixels; of equals the first takes the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -357,11 +359,12 @@ class _MaxPool(torch.autograd.Function):
         left, right = x[:, :, :, 0::2], x[:, :, :, 1::2]
         rows = torch.maximum(left, right)
         top, bottom = rows[:, :, 0::2], rows[:, :, 1::2]
-        ctx.save_for_backward(right > left, bottom > top)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(right > left, bottom > top)
         return torch.maximum(top, bottom)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         right, bottom = ctx.saved_tensors
         out = gradient.new_zeros(ctx.shape)
         for row, chosen in ((0, ~bottom), (1, bottom)):
