@@ -251,6 +251,12 @@ def test_more_metrics_than_one_request_takes(storage, tmp_path):
     assert len(MlflowClient(tracking_uri=uri).get_run(tracker.run_id).data.metrics) == 1700
 
 
+def test_neighbouring_points_share_a_request_up_to_its_limit():
+    points = [{"step": step, "metrics": dict.fromkeys(map(str, range(400)), 0.0)} for step in range(4)]
+    records = [{"status": "RUNNING"}, *points, {"status": "FINISHED"}]
+    assert [len(batch) for batch in tracking._batches(records)] == [1, 2, 2, 1]
+
+
 def test_two_processes_share_one_new_database_one_experiment_and_one_run(tmp_path):
     code = (
         "import sys; from pathlib import Path; from sane_ray.tracking import Tracker, default_uri\n"
