@@ -51,7 +51,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_bX: Tensor) -> Tensor:
         rows_BX = rows_bX.new_empty(dist.get_world_size() * rows_bX.shape[0], *rows_bX.shape[1:])
-        dist.all_gather_into_tensor(rows_BX, rows_bX.contiguous())
+        # One collective under two names: torch 2.13 deprecates the second.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(rows_BX, rows_bX.contiguous())
         return rows_BX
 
     @staticmethod

@@ -54,8 +54,8 @@ def batch(step):
 
 def train(model, loss, gather, rows):
     """Losses and gradients of the first step and weights after three, on some windows of each global batch."""
-    # With the usual tiny eps a step is lr * sign(gradient), which is rounding where the gradient is all but zero.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    # With the usual tiny eps a step of AdamW is lr * sign(gradient): rounding, where the gradient is all but zero.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-4)
     results = {}
     for step in range(STEPS):
         views, positions, counts = batch(step)
@@ -112,7 +112,7 @@ def two_processes(tmp_path_factory):
     ]
     try:
         for process in processes:
-            output, _ = process.communicate(timeout=120)
+            output, _ = process.communicate(timeout=300)
             assert process.returncode == 0, output
     finally:
         for process in processes:
@@ -143,7 +143,6 @@ def test_the_gradients_of_two_processes_are_those_of_one(one_and_two):
     for name in names:
         assert alone[name].norm() > 0
         for results in ranks:
-            torch.testing.assert_close(results[name], alone[name], rtol=1e-4, atol=1e-5)
             assert (results[name] - alone[name]).norm() <= 1e-5 * max(1, alone[name].norm())
 
 
@@ -151,7 +150,7 @@ def test_three_optimizer_steps_of_two_processes_are_those_of_one(one_and_two):
     alone, ranks = one_and_two
     for name, start in SANE(CONFIG, seed=SEED).state_dict().items():
         weight = alone[f"weight.{name}"]
-        assert (weight - start).abs().max() > 1e-3
+        assert (weight - start).abs().max() > 5e-5  # five times the tolerance
         for results in ranks:
             torch.testing.assert_close(results[f"weight.{name}"], weight, rtol=0, atol=1e-5)
 

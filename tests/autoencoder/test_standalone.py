@@ -52,7 +52,7 @@ def test_a_model_reads_and_writes_networks_without_ray(parity, tmp_path):
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     model.preprocessing = json.loads((tmp_path / "model" / "config.json").read_text())["preprocessing"]
