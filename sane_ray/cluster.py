@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,22 +33,38 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     Raises:
         InputError: the address does not answer, or refuses our token.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    quieten()
     import ray
 
     if ray.is_initialized():
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS", "")
-    if address:
-        _join(address)
-    else:
-        _start_local(config)
+    if not address:
+        with local_ray(max(os.cpu_count() or 1, required_cpus(config))):
+            yield
+        return
+    _join(address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def quieten() -> None:
+    """Keeps Ray's notices of normal work off the terminal, in this process; warnings and errors stay."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from ray.data import DataContext
+
+    DataContext.get_current().enable_progress_bars = False
+    reports = [
+        name for name in logging.root.manager.loggerDict if name.endswith("train/v2/_internal/execution/context.py")
+    ]
+    for name in ("ray.data", "ray.train", *reports):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they warn of the defaults that we chose
 
 
 def _join(address: str) -> None:
@@ -63,17 +80,43 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _start_local(config: ClusterConfig) -> None:
+@contextmanager
+def local_ray(num_cpus: int, temp_dir: str | None = None) -> Iterator[None]:
+    """A Ray of our own on this machine for the block's duration: token on, dashboard on a free loopback port.
+
+    Ray Train's housekeeping asks the dashboard which actors live; naming its address keeps it from another Ray's.
+    """
     import ray
 
-    cores = os.cpu_count() or 1
-    ray.init(
-        address="local",
-        num_cpus=max(cores, required_cpus(config)),
-        include_dashboard=False,
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-    )
+    port = _free_port()
+    ours = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            _temp_dir=temp_dir,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def required_cpus(config: ClusterConfig) -> int:

@@ -10,20 +10,25 @@ import hashlib
 import json
 import shutil
 import threading
-import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from sane_ray.autoencoder.model import SANE
 from sane_ray.cluster import Resources, preflight
 from sane_ray.config import AutoencoderConfig, PretrainJob, to_dict
 from sane_ray.errors import InputError
-from sane_ray.pretraining.progress import Point
+from sane_ray.pretraining.history import last_point, read_history
 from sane_ray.pretraining.stream import plan_of_store, windows_of_split
 from sane_ray.pretraining.worker import MODEL_FOLDER, WorkerConfig, train
 from sane_ray.tokens.store import TokenStore
+from sane_ray.tracking import Tracker, default_uri, flatten
 
 EXPERIMENT = "sane_ray pretraining"
 """Name of the MLflow experiment."""
@@ -54,12 +59,28 @@ class Run:
         return self.steps_per_epoch * self.worker.pretraining.epochs
 
     @property
+    def parameters(self) -> int:
+        """Trainable parameters of the model."""
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the whole run: both views of every window, forward and backward."""
+        tokens = 2 * self.worker.pretraining.batch_size * self.worker.autoencoder.window * self.total_steps
+        return tokens * self._model.flops_per_token(self.worker.autoencoder.window)
+
+    @property
+    def _model(self) -> SANE:
+        with torch.device("meta"):
+            return SANE(self.worker.autoencoder)
+
+    @property
     def history(self) -> Path:
         """JSON lines of every step's metrics."""
         return self.folder / HISTORY_FILE
 
 
-def plan_run(job: PretrainJob, store: TokenStore, storage: Path, *, threads: int = 1) -> Run:
+def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
     """Resolves the config against the store and names the run; reads only the store's index.
 
     Raises:
@@ -76,11 +97,7 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path, *, threads: int
         pool_mb=job.pretraining.shuffle_mb,
         seed=job.pretraining.seed,
     )
-    settings = {
-        "store": store.fingerprint,
-        **{name: to_dict(getattr(job, name)) for name in ("loss", "augmentation", "pretraining")},
-        "autoencoder": to_dict(autoencoder),
-    }
+    settings = _settings(job, autoencoder, store)
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = job.run_name or f"{store.path.name}-{identity}"
     folder = storage / "runs" / name
@@ -96,12 +113,26 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path, *, threads: int
             augmentation=job.augmentation,
             pretraining=job.pretraining,
             data_cpus=job.cluster.data_cpus,
-            threads=threads,
+            threads=1,
         ),
         output=Path(job.output).expanduser().absolute() if job.output else folder / MODEL_FOLDER,
         steps_per_epoch=plan.steps_per_epoch,
         windows={split: windows_of_split(store, split, autoencoder.window) for split in ("train", "val")},
     )
+
+
+def _settings(job: PretrainJob, autoencoder: AutoencoderConfig, store: TokenStore) -> dict[str, Any]:
+    """All that changes the trained model; not how often a run looks at itself, nor where it runs."""
+    pretraining = to_dict(job.pretraining)
+    for name in ("log_every", "validate_every", "checkpoint_every", "checkpoints_kept"):
+        del pretraining[name]
+    return {
+        "store": {"fingerprint": store.fingerprint},
+        "autoencoder": to_dict(autoencoder),
+        "loss": to_dict(job.loss),
+        "augmentation": to_dict(job.augmentation),
+        "pretraining": pretraining,
+    }
 
 
 def resolve_autoencoder(config: AutoencoderConfig, store: TokenStore) -> AutoencoderConfig:
@@ -148,35 +179,190 @@ def pretrain(run: Run, job: PretrainJob) -> Path:
         InputError: the run's name belongs to another config, the cluster is too small, or the loss diverged.
         TrainingFailedError: workers failed more often than ``cluster.max_failures``.
     """
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from sane_ray.pretraining.callbacks import HistoryCallback
-    from sane_ray.tracking_callback import TrackingCallback
-
     resources = preflight(job.cluster)
     claim(run)
     if is_complete(run):
         return run.output
-    with _tracked(run, job) as tracker, _progress_bar(run):
-        trainer = TorchTrainer(
-            train,
-            train_loop_config=dataclasses.replace(run.worker, threads=resources.threads),
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
-            scaling_config=_scaling(resources),
-            run_config=RunConfig(
-                name=run.folder.name,
-                storage_path=str(run.folder.parent),
-                failure_config=FailureConfig(max_failures=job.cluster.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=job.pretraining.checkpoints_kept),
-                callbacks=[HistoryCallback(run.history), TrackingCallback(tracker)],
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        result = trainer.fit()
-        if "error" in result.return_value:
-            raise InputError(result.return_value["error"])
-        with result.checkpoint.as_directory() as checkpoint:
-            install(Path(checkpoint) / MODEL_FOLDER, run.output)
-        finish(run, tracker)
+    with _tracked(run) as tracker:
+        _fit(run, job, resources, tracker)
+        report_run(run, tracker)
+        _write_identity(run, "complete")
     return run.output
+
+
+def claim(run: Run) -> None:
+    """Makes the run's folder, or takes it over to resume.
+
+    Raises:
+        InputError: the folder holds a run of another identity.
+    """
+    known = _read_identity(run)
+    if known is None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        _write_identity(run, "running")
+    elif known["identity"] != run.identity:
+        raise InputError(
+            f"--run_name {run.name} is a run with other settings ({_differences(known['settings'], run.settings)}) in "
+            f"{run.folder}: choose another --run_name, or delete that folder"
+        )
+
+
+def is_complete(run: Run) -> bool:
+    """Whether the run has been trained to its end and its model is in place."""
+    known = _read_identity(run)
+    return known is not None and known["status"] == "complete" and (run.output / "model.safetensors").exists()
+
+
+def last_step(run: Run) -> int:
+    """The last step that a run's history knows; 0 if it never ran."""
+    point = last_point(run.history)
+    return int(point["step"]) if point else 0
+
+
+def _fit(run: Run, job: PretrainJob, resources: Resources, tracker: Tracker) -> None:
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from sane_ray.pretraining.history import HistoryCallback
+    from sane_ray.tracking_callback import TrackingCallback
+
+    trainer = TorchTrainer(
+        train,
+        train_loop_config={"worker": dataclasses.replace(run.worker, threads=resources.threads)},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpu,
+            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=run.folder.name,
+            storage_path=str(run.folder.parent),
+            failure_config=FailureConfig(max_failures=job.cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.pretraining.checkpoints_kept),
+            callbacks=[HistoryCallback(run.history), TrackingCallback(tracker)],
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    with _progress_bar(run):
+        result = trainer.fit()
+    outcome = result.return_value or {}
+    if "error" in outcome:
+        raise InputError(outcome["error"])
+    if result.checkpoint is None:
+        raise RuntimeError(f"training ended without a checkpoint in {run.folder}")
+    with result.checkpoint.as_directory() as checkpoint:
+        _install(Path(checkpoint) / MODEL_FOLDER, run.output)
+
+
+def _install(model: Path, output: Path) -> None:
+    """Copies the trained model's folder to where it was wanted, whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staged = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(model, staged)
+    shutil.rmtree(output, ignore_errors=True)
+    staged.rename(output)
+
+
+@contextmanager
+def _tracked(run: Run) -> Iterator[Tracker]:
+    """The run's MLflow run, ended as what really happened."""
+    storage = run.folder.parent.parent
+    tracker = Tracker.start(
+        uri=default_uri(storage),
+        experiment=EXPERIMENT,
+        run_name=run.name,
+        identity=f"{run.name}-{run.identity}",
+        params=run.settings,
+        folder=run.folder,
+    )
+    try:
+        yield tracker
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.finish("FINISHED")
+
+
+def report_run(run: Run, tracker: Tracker) -> None:
+    """Draws the run's pictures and hands them and the model to MLflow."""
+    from sane_ray import report  # matplotlib takes a second to import
+
+    plots = run.folder / "plots"
+    plots.mkdir(exist_ok=True)
+    report.plot_losses(read_history(run.history), plots / "losses.png")
+    original, reconstructed, title = reconstruct_one(run)
+    report.plot_reconstruction(original, reconstructed, plots / "reconstruction.png", title=title)
+    tracker.log_folder(plots)
+    tracker.log_folder(run.output, MODEL_FOLDER)
+
+
+def reconstruct_one(run: Run) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]], str]:
+    """A network that training never saw, if the store has one: its weights, their reconstruction, and its name."""
+    store = TokenStore.open(run.worker.store)
+    splits = store.models["split"].to_pylist()
+    epochs = store.models["epoch"].to_pylist()
+    split = next(name for name in ("test", "val", "train") if name in splits)
+    checkpoint = max((i for i, name in enumerate(splits) if name == split), key=lambda i: (epochs[i] or 0, -i))
+    model = SANE.from_pretrained(run.output)
+    weights = store.state_dict(checkpoint)
+    decoded = model.decode_model(model.encode_model(weights))
+    keys = [layer.key for layer in store.architecture_of(checkpoint).table.layers]
+    name = f"{store.models['id'][checkpoint].as_py()} ({split} split)"
+    return {k: weights[k].numpy() for k in keys}, {k: decoded[k].numpy() for k in keys}, name
+
+
+@contextmanager
+def _progress_bar(run: Run) -> Iterator[None]:
+    """Shows steps, loss and time left, read from the history that the controller writes."""
+    stop = threading.Event()
+    bar = tqdm(total=run.total_steps, initial=last_step(run), desc="pretraining", unit="step", mininterval=1.0)
+
+    def follow() -> None:
+        while not stop.wait(1.0):
+            show()
+
+    def show() -> None:
+        point = last_point(run.history)
+        if point:
+            bar.set_postfix(loss=f"{point['train/loss']:.3f}", refresh=False)
+            bar.update(int(point["step"]) - bar.n)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        show()
+        bar.close()
+
+
+def _read_identity(run: Run) -> dict[str, Any] | None:
+    path = run.folder / IDENTITY_FILE
+    if not path.exists():
+        return None
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {key: known[key] for key in ("identity", "settings", "status")}
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}): delete the folder {run.folder}, or choose another --run_name"
+        ) from error
+
+
+def _write_identity(run: Run, status: str) -> None:
+    path = run.folder / IDENTITY_FILE
+    staged = path.with_suffix(".partial")
+    content = {"identity": run.identity, "status": status, "settings": run.settings}
+    staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What two nested settings disagree on, as `field: old -> new`."""
+    before, after = flatten(old), flatten(new)
+    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    return "; ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed)

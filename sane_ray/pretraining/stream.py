@@ -86,36 +86,40 @@ class WindowReader:
             for checkpoint, tokens_NT in store.read_row_group(self.groups[group]):
                 if checkpoint in wanted:
                     values[checkpoint] = tokens_NT
-        views = [
-            {c: self._view(store, c, raw, epoch, number) for c, raw in values.items()} if kind == "permuted" else values
-            for number, kind in enumerate((self.augmentation.view_1, self.augmentation.view_2), start=1)
-        ]
         for begin in range(0, len(share.start), ROWS_A_BLOCK):
-            block = Windows(*(column[begin : begin + ROWS_A_BLOCK] for column in share))
-            yield self._cut(store, views, block)
+            yield self._cut(store, values, Windows(*(column[begin : begin + ROWS_A_BLOCK] for column in share)), epoch)
 
-    def _view(
-        self, store: TokenStore, checkpoint: int, raw_NT: NDArray[Any], epoch: int, number: int
-    ) -> NDArray[Any]:
-        """The checkpoint's tokens after a random symmetry of its network, drawn from (seed, epoch, view, checkpoint)."""
-        architecture = store.architecture_of(checkpoint)
-        rng = np.random.default_rng((self.plan.seed, epoch, number, checkpoint))
-        permutations = random_permutations(architecture.symmetry, rng)
-        indices = gather_indices(architecture.table, architecture.symmetry, permutations)
-        return raw_NT.reshape(-1)[indices].reshape(raw_NT.shape)
-
-    def _cut(self, store: TokenStore, views: list[dict[int, NDArray[Any]]], block: Windows) -> Columns:
+    def _cut(self, store: TokenStore, values: dict[int, NDArray[Any]], windows: Windows, epoch: int) -> Columns:
         W = self.plan.window
-        pairs = list(zip(block.checkpoint.tolist(), block.start.tolist(), strict=True))
+        pairs = list(zip(windows.checkpoint.tolist(), windows.start.tolist(), strict=True))
         tables = [store.architecture_of(c).table for c, _ in pairs]
-        columns = {
-            f"view_{number}": np.stack([view[c][s : s + W] for c, s in pairs])
-            for number, view in enumerate(views, start=1)
-            if number == 1 or view is not views[0]
-        }
+        kinds = {"view_1": self.augmentation.view_1, "view_2": self.augmentation.view_2}
+        if kinds["view_2"] == "canonical" == kinds["view_1"]:
+            del kinds["view_2"]  # the same windows: not sent twice
+        columns = {}
+        for number, (view, kind) in enumerate(kinds.items(), start=1):
+            if kind == "permuted":
+                cuts = [self._permuted(store, c, s, values[c], (epoch, number)) for c, s in pairs]
+            else:
+                cuts = [values[c][s : s + W] for c, s in pairs]
+            columns[view] = _as_bits(np.stack(cuts))
         columns["signal"] = np.stack([t.signal_counts[s : s + W] for t, (_, s) in zip(tables, pairs, strict=True)])
         columns["positions"] = np.stack([t.positions[s : s + W] for t, (_, s) in zip(tables, pairs, strict=True)])
-        return {name: _as_bits(column) for name, column in columns.items()}
+        return columns
+
+    def _permuted(
+        self, store: TokenStore, checkpoint: int, start: int, values_NT: NDArray[Any], stream: tuple[int, int]
+    ) -> NDArray[Any]:
+        """A window of the network after a random symmetry, drawn from (seed, epoch, view, checkpoint, start).
+
+        Normalisation is affine per layer and so commutes with the permutation of channels.
+        """
+        architecture = store.architecture_of(checkpoint)
+        rng = np.random.default_rng((self.plan.seed, *stream, checkpoint, start))
+        permutations = random_permutations(architecture.symmetry, rng)
+        stop = start + self.plan.window
+        indices = gather_indices(architecture.table, architecture.symmetry, permutations, start=start, stop=stop)
+        return values_NT.reshape(-1).take(indices).reshape(self.plan.window, -1)
 
 
 def stream(

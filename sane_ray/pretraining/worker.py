@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from sane_ray.autoencoder.model import SANE
+from sane_ray.cluster import quieten
 from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig
 from sane_ray.errors import InputError
 from sane_ray.pretraining.batch import Batch
@@ -46,8 +47,8 @@ class WorkerConfig:
     threads: int
 
 
-def train(config: WorkerConfig) -> dict[str, Any]:
-    """A Ray Train worker's loop; returns what rank 0 has to say at the end.
+def train(settings: dict[str, WorkerConfig]) -> dict[str, Any]:
+    """A Ray Train worker's loop, with its config under ``"worker"``; returns what rank 0 has to say at the end.
 
     A loss that is not finite ends every worker alike and is returned as ``{"error": sentence}``: restarting from the
     last checkpoint, as after a fault, would only meet it again.
@@ -55,6 +56,8 @@ def train(config: WorkerConfig) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
+    config = settings["worker"]
+    quieten()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.threads)
@@ -110,13 +113,9 @@ class _Loop:
     def run(self) -> None:
         """From the state's step to the last, reporting, validating and saving on the way."""
         state = self.trainer.state
-        batches = stream(
-            self.reader, epochs=self.config.epochs, first_step=state.step, data_cpus=self.data_cpus
-        )
+        batches = stream(self.reader, epochs=self.config.epochs, first_step=state.step, data_cpus=self.data_cpus)
         window, batch_size = self.reader.plan.window, self.reader.plan.batch_size
-        progress = Progress(
-            self.trainer, steps_per_epoch=self.steps_per_epoch, tokens_per_step=2 * batch_size * window
-        )
+        progress = Progress(self.trainer, steps_per_epoch=self.steps_per_epoch, tokens_per_step=2 * batch_size * window)
         while state.step < self.total:
             with progress.waiting():
                 batch = next(batches).to(self.trainer.device)
@@ -222,4 +221,3 @@ def _temporary_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
