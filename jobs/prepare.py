@@ -53,8 +53,8 @@ def report(store: TokenStore) -> str:
     counts = store.counts()
     left_out = [f"left out {row['source']}: {row['reason']}" for row in store.skipped]
     done = (
-        f"store {store.path}: {counts.checkpoints:,} checkpoints of {counts.models:,} models, {counts.tokens:,} tokens, "
-        f"{store.num_bytes / 1e6:,.1f} MB; next: python jobs/pretrain.py --store {store.path}"
+        f"store {store.path}: {counts.checkpoints:,} checkpoints of {counts.models:,} models, {counts.tokens:,} tokens "
+        f"({store.num_bytes / 1e6:,.1f} MB); next: python jobs/pretrain.py --store {store.path}"
     )
     return "\n".join([*left_out, done])
 

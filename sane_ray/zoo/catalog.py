@@ -13,6 +13,7 @@ from sane_ray.zoo.readers import Record, tune
 __all__ = ["Record", "discover"]
 
 _READERS = (tune,)
+_REMEDY = "name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
 
 
 def discover(source: str | Path) -> list[Record]:
@@ -38,7 +39,4 @@ def discover(source: str | Path) -> list[Record]:
         if records:
             return sorted(records, key=lambda record: (record.model, record.epoch))
     looked_for = "; ".join(reader.LOOKS_FOR for reader in _READERS)
-    raise InputError(
-        f"--source {root} holds no checkpoints: looked for {looked_for}. Name the folder of a zoo, or build one with "
-        "`python jobs/build_zoo.py`"
-    )
+    raise InputError(f"--source {root} holds no checkpoints: looked for {looked_for}; {_REMEDY}")
