@@ -216,7 +216,8 @@ def test_the_same_identity_is_the_same_run_and_another_is_another(storage, tmp_p
     assert second.run_id == first.run_id
     assert client.get_run(first.run_id).info.status == "RUNNING"
     assert client.get_run(first.run_id).data.params == {"rate": "0.1", "new": "1"}
-    second.log([point(step) for step in range(4)], new_steps_only=True)
+    repeated = [point(step) | {"time": 1_800_000_000} for step in range(2)]  # at another time, so no double to MLflow
+    second.log([*repeated, point(2), point(3)], new_steps_only=True)
     second.finish()
     assert history(uri, first.run_id) == logged(0, 1, 2, 3)
     assert start(uri, tmp_path, identity="other").run_id != first.run_id
