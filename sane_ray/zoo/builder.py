@@ -118,10 +118,9 @@ def build_zoo(config: ZooConfig, output: Path) -> Path:
     finally:
         shutil.rmtree(zoo / _UNFINISHED, ignore_errors=True)
     if failures:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise ZooBuildError(
-            f"{len(failures)} of {len(plan.models)} models of {zoo} could not be built, the others are finished; "
-            f"run the same command again to build only these: {listed}"
+            f"{len(failures)} of {len(plan.models)} models of {zoo} could not be built; the others are finished, and "
+            f"the same command builds only these: {_by_reason(failures)}"
         )
     return zoo
 
@@ -293,7 +292,9 @@ def _train_missing(plan: ZooPlan, missing: Mapping[str, Params], zoo: Path) -> d
                     diverged += ray.get(finished)
                 except ray.exceptions.RayError as error:
                     cause = getattr(error, "cause", None) or error
-                    failures |= dict.fromkeys(names, f"{type(cause).__name__}: {cause}")
+                    first_line = (str(cause).strip() or "no message").splitlines()[0]
+                    failures |= dict.fromkeys(names, f"{type(cause).__name__}: {first_line}")
+                    _LOG.warning("training of %s failed", ", ".join(names), exc_info=error)
                 progress.update(len(names))
         finally:
             for reference in running:
@@ -303,6 +304,13 @@ def _train_missing(plan: ZooPlan, missing: Mapping[str, Params], zoo: Path) -> d
             "%d models diverged to NaN or Inf weights, and are in the zoo as such: %s", len(diverged), diverged
         )
     return failures
+
+
+def _by_reason(failures: Mapping[str, str]) -> str:
+    names: dict[str, list[str]] = {}
+    for name, reason in failures.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(those)} ({reason})" for reason, those in names.items())
 
 
 def _stacks(models: Mapping[str, Params]) -> Iterator[list[str]]:
@@ -316,7 +324,6 @@ def _stacks(models: Mapping[str, Params]) -> Iterator[list[str]]:
 
 def _build_stack(models: dict[str, Params], images: ImageData, epochs: list[int], zoo: str) -> list[str]:
     """The Ray task: trains models side by side and writes them. Returns the names of those that diverged."""
-    torch.set_num_threads(1)
     trained = train_stack(list(models.values()), images, epochs)
     for name, history in zip(models, trained, strict=True):
         _write_model(history, Path(zoo), name)

@@ -1,10 +1,10 @@
 """Trains many networks of one architecture at once: each layer is one batched matrix product over all of them.
 
 A step of one small network is nearly all overhead: sixteen in a stack take as long as three alone. What a network
-becomes depends on its own params and the images, bit for bit, never on its neighbours in the stack. Three things see to
-that: every network has its own random generators; the products of one network never see another's values; and batches
-and parameter slots are padded to a multiple of ``LANES`` values, so that each network's data meets the processor's
-vectors and BLAS at the same alignment wherever it lies in the stack.
+becomes depends on its own params and the images, bit for bit, never on its neighbours in the stack. Four things see to
+that: every network has its own random generators; the products of one network never see another's values; batches and
+parameter slots are padded to a multiple of ``LANES`` values, so that each network's data meets the processor's vectors
+and BLAS at the same alignment wherever it lies in the stack; and one thread does it all, so that no sum is cut in two.
 
 Never reads or writes a file and never imports Ray.
 
@@ -15,7 +15,8 @@ and every loop runs over whole vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,23 @@ def train_stack(
     """
     if len({stack_key(params) for params in models}) != 1:
         raise ValueError("networks of one stack must share their stack_key")
+    with _one_thread():
+        return _train_stack(models, images, checkpoint_epochs)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_stack(
+    models: Sequence[Mapping[str, Any]], images: ImageData, checkpoint_epochs: Sequence[int]
+) -> list[Trained]:
     stack = _Stack(models)
     trainer = _Trainer(models, stack, images)
     evaluator = _Evaluator(stack, images)
