@@ -140,8 +140,10 @@ def plan_zoo(config: ZooConfig) -> ZooPlan:
         "images": {"name": images.name, "fingerprint": images.fingerprint, "shape": list(images.shape)},
     }
     prefix = _digest({**identity, "zoo": {**zoo, "models": None}})[:5]
+    chosen = itertools.islice(_choices(config), config.models)
     models = {
-        f"NN_tune_trainable_{prefix}_{index:05d}": _params(config, images, index) for index in range(config.models)
+        f"NN_tune_trainable_{prefix}_{index:05d}": _params(config, images, index, each)
+        for index, each in enumerate(chosen)
     }
     return ZooPlan(config, images, identity, models)
 
@@ -215,15 +217,17 @@ def grid(config: ZooConfig) -> list[Params]:
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*lists)]
 
 
-def _params(config: ZooConfig, images: ImageData, index: int) -> Params:
-    """The params.json of model ``index``."""
-    rng = np.random.default_rng([config.seed, index])
+def _choices(config: ZooConfig) -> Iterator[Params]:
+    """Hyper-parameters of model 0, 1, 2, ... without end."""
     if config.search == "grid":
-        points = grid(config)
-        chosen = points[index % len(points)]
-    else:
-        chosen = _draw(config, rng)
-    chosen["optim::lr"] *= 10 if chosen["optim::optimizer"] == "sgd" else 1
+        yield from itertools.cycle(grid(config))
+    for index in itertools.count():
+        yield _draw(config, np.random.default_rng([config.seed, index]))
+
+
+def _params(config: ZooConfig, images: ImageData, index: int, chosen: Mapping[str, Any]) -> Params:
+    """The params.json of model ``index``."""
+    sgd = chosen["optim::optimizer"] == "sgd"
     channels, height, width = images.shape
     return {
         "model::type": architecture_for(config.architecture, images.shape).published_name,
@@ -236,9 +240,9 @@ def _params(config: ZooConfig, images: ImageData, index: int) -> Params:
         "model::init_type": chosen["model::init_type"],
         "model::use_bias": True,
         "optim::optimizer": chosen["optim::optimizer"],
-        "optim::lr": chosen["optim::lr"],
+        "optim::lr": chosen["optim::lr"] * (10 if sgd else 1),
         "optim::wd": chosen["optim::wd"],
-        "optim::momentum": SGD_MOMENTUM if chosen["optim::optimizer"] == "sgd" else 0.0,
+        "optim::momentum": SGD_MOMENTUM if sgd else 0.0,
         "training::batchsize": config.batch_size,
         "training::epochs_train": config.checkpoint_epochs[-1],
         "training::loss": "nll",
