@@ -27,6 +27,9 @@ Config = TypeVar("Config", bound="DataclassInstance")
 BAD_INPUT = 2
 """Exit status when the input is wrong; 1 is left to defects and failures."""
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 
 def run_job(
     job: type[Config],
@@ -52,6 +55,9 @@ def run_job(
         main(config, dry_run)
     except InputError as error:
         stop(error)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from what is done", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def parse(

@@ -407,8 +407,11 @@ class PretrainJob:
 
 
 def digits() -> PretrainJob:
-    """The embedded default: digits zoo, minutes on 2 cores."""
-    return PretrainJob()
+    """The embedded default: small networks on 8x8 digits, minutes on 2 cores."""
+    return PretrainJob(
+        autoencoder=AutoencoderConfig(window=32, d_model=128, heads=2, layers=2, latent_dim=48),
+        pretraining=PretrainingConfig(epochs=12, learning_rate=4e-3, validate_every=1, checkpoint_every=4),
+    )
 
 
 def cnn() -> PretrainJob:

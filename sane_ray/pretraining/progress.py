@@ -31,9 +31,10 @@ class Progress:
         self.steps_per_epoch = steps_per_epoch
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = trainer.model.flops_per_token(trainer.model.config.window)
-        self._clear()
+        self.restart()
 
-    def _clear(self) -> None:
+    def restart(self) -> None:
+        """Begins to measure time anew, after something that is not training."""
         self.rows: list[Tensor] = []
         self.times: list[float] = []
         self.waited = 0.0
@@ -63,7 +64,7 @@ class Progress:
             "flops_per_s": tokens_per_s * self.flops_per_token,
             "data_wait_fraction": self.waited / elapsed,
         }
-        self._clear()
+        self.restart()
         return points
 
     def _point(self, step: int, row: Tensor, at: float) -> Point:

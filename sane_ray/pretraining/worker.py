@@ -21,7 +21,7 @@ from sane_ray.cluster import quieten
 from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig
 from sane_ray.errors import InputError
 from sane_ray.pretraining.batch import Batch
-from sane_ray.pretraining.progress import Progress
+from sane_ray.pretraining.progress import Point, Progress
 from sane_ray.pretraining.state import TrainingState, whole_model
 from sane_ray.pretraining.step import Trainer
 from sane_ray.pretraining.stream import WindowReader, fixed_batches, plan_of_store, stream, windows_of_split
@@ -112,6 +112,8 @@ class _Loop:
 
     def run(self) -> None:
         """From the state's step to the last, reporting, validating and saving on the way."""
+        import ray.train
+
         state = self.trainer.state
         batches = stream(self.reader, epochs=self.config.epochs, first_step=state.step, data_cpus=self.data_cpus)
         window, batch_size = self.reader.plan.window, self.reader.plan.batch_size
@@ -120,10 +122,12 @@ class _Loop:
             with progress.waiting():
                 batch = next(batches).to(self.trainer.device)
             progress.add(self.trainer.step(batch))
-            if self._due(self.config.log_every) or self._epoch_due(self.config.validate_every):
-                self._report(progress)
             if self._epoch_due(self.config.checkpoint_every):
-                self._save(last=state.step == self.total)
+                self._save(self._points(progress))
+                progress.restart()
+            elif self._due(self.config.log_every) or self._epoch_due(self.config.validate_every):
+                ray.train.report({"history": self._points(progress)})
+                progress.restart()
         batches.close()
 
     def _due(self, every: int) -> bool:
@@ -134,9 +138,12 @@ class _Loop:
         step = self.trainer.state.step
         return step == self.total or step % (every * self.steps_per_epoch) == 0
 
-    def _report(self, progress: Progress) -> None:
-        import ray.train
+    def _points(self, progress: Progress) -> list[Point]:
+        """The steps since the last report, the last with the validation if one is due.
 
+        Raises:
+            NotFinite: a loss is not.
+        """
         points = progress.points()
         if self._epoch_due(self.config.validate_every) and self.validation:
             points[-1] |= self.trainer.validate(self.validation)
@@ -147,19 +154,19 @@ class _Loop:
                     f"pretraining.learning_rate ({self.config.learning_rate:g}), or set pretraining.gradient_clip "
                     f"({self.config.gradient_clip:g}) to 1 or less"
                 )
-        ray.train.report({"history": points})
+        return points
 
-    def _save(self, *, last: bool) -> None:
+    def _save(self, points: list[Point]) -> None:
+        """Reports a checkpoint of the state, at the end with the finished model in it."""
         import ray.train
-        from ray.train import Checkpoint
 
         state = self.trainer.state
         with _temporary_folder() as folder:
             state.save(folder)
-            if last:
+            if state.step == self.total:
                 self._export(folder / MODEL_FOLDER)
-            metrics = {"step": state.step, "epoch": state.step // self.steps_per_epoch}
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+            metrics = {"step": state.step, "history": points}
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def _export(self, folder: Path) -> None:
         """Rank 0 writes the finished model, with the preprocessing it was trained with, into the checkpoint."""

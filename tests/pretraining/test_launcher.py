@@ -1,0 +1,215 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from sane_ray.config import (
+    AugmentationConfig,
+    AutoencoderConfig,
+    ClusterConfig,
+    PretrainingConfig,
+    PretrainJob,
+)
+from sane_ray.errors import InputError
+from sane_ray.pretraining.history import read_history
+from sane_ray.pretraining.launcher import is_complete, plan_run, pretrain
+from sane_ray.tracking import default_uri
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = PretrainJob(
+    run_name="small",
+    autoencoder=AutoencoderConfig(window=20, d_model=16, heads=2, layers=1, latent_dim=8),
+    pretraining=PretrainingConfig(
+        epochs=4, batch_size=8, learning_rate=1e-2, log_every=3, validate_every=2, checkpoint_every=1
+    ),
+)
+
+
+def changed(job, **sections):
+    """The job with fields of its sections replaced: ``pretraining={"epochs": 2}``."""
+    replaced = {
+        name: dataclasses.replace(getattr(job, name), **value) if isinstance(value, dict) else value
+        for name, value in sections.items()
+    }
+    return dataclasses.replace(job, **replaced)
+
+
+@pytest.fixture(scope="module")
+def finished(store, tmp_path_factory):
+    """A complete run with two workers."""
+    storage = tmp_path_factory.mktemp("two_workers")
+    job = changed(SMALL, cluster={"num_workers": 2})
+    run = plan_run(job, store, storage)
+    pretrain(run, job)
+    return run, job, storage
+
+
+def test_every_step_is_in_the_history_and_the_loss_falls(finished):
+    run, _, _ = finished
+    history = read_history(run.history)
+    assert [point["step"] for point in history] == list(range(1, run.total_steps + 1))
+    assert history[-1]["train/loss"] < history[0]["train/loss"]
+    validated = [point["step"] for point in history if "val/loss" in point]
+    assert validated == [2 * run.steps_per_epoch, 4 * run.steps_per_epoch]
+    timed = [point for point in history if "tokens_per_s" in point]
+    assert all(point["tokens_per_s"] > 0 and 0 <= point["data_wait_fraction"] <= 1 for point in timed)
+    assert all(
+        point["flops_per_s"] / point["tokens_per_s"] == pytest.approx(timed[0]["flops_per_s"] / timed[0]["tokens_per_s"])
+        for point in timed
+    )
+
+
+def test_mlflow_has_one_finished_run_with_parameters_metrics_and_artifacts(finished):
+    run, _, storage = finished
+    client = MlflowClient(tracking_uri=default_uri(storage))
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert (logged.info.run_name, logged.info.status) == ("small", "FINISHED")
+    assert logged.data.params["pretraining.learning_rate"] == "0.01"
+    assert logged.data.params["autoencoder.token_size"] == "73"
+    steps = [point.step for point in client.get_metric_history(logged.info.run_id, "train/loss")]
+    assert steps == list(range(1, run.total_steps + 1))
+    measured = set(logged.data.metrics)
+    wanted = "train/gradient_norm train/learning_rate train/explained_variance val/loss tokens_per_s flops_per_s"
+    assert {*wanted.split(), "data_wait_fraction", "train/loss_contrast", "train/loss_recon"} <= measured
+    artifacts = {
+        item.path
+        for folder in ("model", "plots")
+        for item in client.list_artifacts(logged.info.run_id, folder)
+    }
+    assert {"model/config.json", "model/model.safetensors", "plots/losses.png", "plots/reconstruction.png"} <= artifacts
+
+
+def test_a_second_launch_finds_all_done(finished):
+    run, job, _ = finished
+    assert is_complete(run)
+    before = (run.output / "model.safetensors").stat().st_mtime_ns
+    assert pretrain(run, job) == run.output
+    assert (run.output / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_name_of_a_run_with_other_settings_is_refused(finished, store):
+    _, job, storage = finished
+    other = changed(job, pretraining={"learning_rate": 2e-2})
+    with pytest.raises(InputError, match=r"small.*pretraining\.learning_rate: 0\.01 -> 0\.02.*--run_name"):
+        pretrain(plan_run(other, store, storage), other)
+
+
+def test_how_often_a_run_looks_at_itself_does_not_change_its_identity(store, tmp_path):
+    often = changed(SMALL, pretraining={"log_every": 1, "validate_every": 1, "checkpoint_every": 2})
+    assert plan_run(often, store, tmp_path).identity == plan_run(SMALL, store, tmp_path).identity
+    longer = changed(SMALL, pretraining={"epochs": 5})
+    assert plan_run(longer, store, tmp_path).identity != plan_run(SMALL, store, tmp_path).identity
+
+
+def test_the_model_encodes_and_decodes_a_network_with_torch_alone(finished, zoo):
+    run, _, _ = finished
+    (checkpoint, *_) = sorted(zoo.glob("*/checkpoint_000001/checkpoints"))
+    script = f"""
+import sys
+for name in ("ray", "mlflow", "pyarrow", "pandas", "optuna", "sklearn"):
+    sys.modules[name] = None
+import torch
+from sane_ray import SANE
+model = SANE.from_pretrained({str(run.output)!r})
+weights = torch.load({str(checkpoint)!r}, weights_only=True)
+embedding = model.encode_model(weights)
+assert embedding.shape == (52, 8), embedding.shape
+decoded = model.decode_model(embedding)
+assert {{key: value.shape for key, value in decoded.items()}} == {{key: value.shape for key, value in weights.items()}}
+assert all(torch.isfinite(value).all() for value in decoded.values())
+assert not any(name.split(".")[0] == "ray" and module is not None for name, module in sys.modules.items())
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def kill_worker_after_first_checkpoint(folder, killed):
+    """Waits until the run has a checkpoint and goes on, then kills its training worker as the kernel would."""
+    from ray.util.state import list_actors
+
+    while not list(folder.glob("checkpoint_*")):
+        time.sleep(0.05)
+    filters = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
+    for actor in list_actors(filters=filters, detail=True):
+        os.kill(actor.pid, signal.SIGKILL)
+        killed.append(len(list(folder.glob("checkpoint_*"))))
+
+
+def test_a_killed_worker_costs_nothing_but_time(store, tmp_path):
+    job = changed(SMALL, pretraining={"epochs": 5})
+    whole = changed(job, run_name="whole")
+    pretrain(plan_run(whole, store, tmp_path), whole)
+
+    run, killed = plan_run(job, store, tmp_path), []
+    thread = threading.Thread(target=kill_worker_after_first_checkpoint, args=(run.folder, killed), daemon=True)
+    thread.start()
+    pretrain(run, job)
+    thread.join(timeout=30)
+    assert killed, "no worker was killed"
+
+    history, expected = read_history(run.history), read_history(plan_run(whole, store, tmp_path).history)
+    assert [point["step"] for point in history] == [point["step"] for point in expected]
+    assert [point["train/loss"] for point in history] == [point["train/loss"] for point in expected]
+    weights, uninterrupted = (load_file(tmp_path / "runs" / n / "model/model.safetensors") for n in ("small", "whole"))
+    assert all(torch.equal(weights[name], uninterrupted[name]) for name in uninterrupted)
+    lines = run.history.read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps.count(1) == 1, "training began anew instead of from its last checkpoint"
+
+
+def test_a_diverging_loss_is_told_and_not_retried(store, tmp_path):
+    job = changed(SMALL, pretraining={"learning_rate": 1e30, "gradient_clip": 0.0, "weight_decay": 0.0})
+    run = plan_run(job, store, tmp_path)
+    with pytest.raises(InputError, match=r"training loss is (nan|inf) at step \d+: lower pretraining\.learning_rate"):
+        pretrain(run, job)
+    assert not run.output.exists()
+    client = MlflowClient(tracking_uri=default_uri(tmp_path))
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"autoencoder": {"window": 64}}, r"autoencoder\.window is 64.*52 tokens"),
+        ({"autoencoder": {"token_size": 289}}, r"autoencoder\.token_size is 289.*73 values.*--tokens\.token_size 289"),
+        ({"autoencoder": {"max_positions": [10, 4, 24]}}, r"autoencoder\.max_positions.*needs \[52, 4, 24\]"),
+        ({"pretraining": {"batch_size": 1000}}, r"pretraining\.batch_size is 1000.*32 windows"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_store_is_refused(store, tmp_path, sections, message):
+    with pytest.raises(InputError, match=message):
+        plan_run(changed(SMALL, **sections), store, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_permuted_view_needs_a_known_symmetry(store, tmp_path):
+    name, architecture = next(iter(store.architectures.items()))
+    bare = dataclasses.replace(architecture, symmetry=type(architecture.symmetry)({}, {}))
+    unknown = dataclasses.replace(store, architectures={name: bare})
+    with pytest.raises(InputError, match=r"augmentation\.view_2 is 'permuted'.*--augmentation\.view_2 canonical"):
+        plan_run(SMALL, unknown, tmp_path)
+    canonical = dataclasses.replace(SMALL, augmentation=AugmentationConfig(view_2="canonical"))
+    assert plan_run(canonical, unknown, tmp_path).total_steps > 0
+
+
+def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(store, tmp_path):
+    job = changed(SMALL, cluster=ClusterConfig(num_workers=8))
+    run = plan_run(job, store, tmp_path)
+    with pytest.raises(InputError, match=r"8 workers need 16 CPUs.*the cluster has 4.*num_workers to 2"):
+        pretrain(run, job)
+    assert not run.folder.exists()
