@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.cluster import Resources, preflight
 from sane_ray.config import AutoencoderConfig, PretrainJob, to_dict
 from sane_ray.errors import InputError
-from sane_ray.pretraining.history import last_point, read_history
+from sane_ray.pretraining.history import last_point
 from sane_ray.pretraining.stream import plan_of_store, windows_of_split
 from sane_ray.pretraining.worker import MODEL_FOLDER, WorkerConfig, train
 from sane_ray.tokens.store import TokenStore
@@ -287,30 +286,12 @@ def _tracked(run: Run) -> Iterator[Tracker]:
 
 def report_run(run: Run, tracker: Tracker) -> None:
     """Draws the run's pictures and hands them and the model to MLflow."""
-    from sane_ray import report  # matplotlib takes a second to import
+    from sane_ray.pretraining.pictures import draw  # matplotlib takes a second to import
 
     plots = run.folder / "plots"
-    plots.mkdir(exist_ok=True)
-    report.plot_losses(read_history(run.history), plots / "losses.png")
-    original, reconstructed, title = reconstruct_one(run)
-    report.plot_reconstruction(original, reconstructed, plots / "reconstruction.png", title=title)
+    draw(run.history, run.worker.store, run.output, plots)
     tracker.log_folder(plots)
     tracker.log_folder(run.output, MODEL_FOLDER)
-
-
-def reconstruct_one(run: Run) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]], str]:
-    """A network that training never saw, if the store has one: its weights, their reconstruction, and its name."""
-    store = TokenStore.open(run.worker.store)
-    splits = store.models["split"].to_pylist()
-    epochs = store.models["epoch"].to_pylist()
-    split = next(name for name in ("test", "val", "train") if name in splits)
-    checkpoint = max((i for i, name in enumerate(splits) if name == split), key=lambda i: (epochs[i] or 0, -i))
-    model = SANE.from_pretrained(run.output)
-    weights = store.state_dict(checkpoint)
-    decoded = model.decode_model(model.encode_model(weights))
-    keys = [layer.key for layer in store.architecture_of(checkpoint).table.layers]
-    name = f"{store.models['id'][checkpoint].as_py()} ({split} split)"
-    return {k: weights[k].numpy() for k in keys}, {k: decoded[k].numpy() for k in keys}, name
 
 
 @contextmanager

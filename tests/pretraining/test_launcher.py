@@ -89,6 +89,7 @@ def test_mlflow_has_one_finished_run_with_parameters_metrics_and_artifacts(finis
         for item in client.list_artifacts(logged.info.run_id, folder)
     }
     assert {"model/config.json", "model/model.safetensors", "plots/losses.png", "plots/reconstruction.png"} <= artifacts
+    assert "plots/accuracies.png" in artifacts
 
 
 def test_a_second_launch_finds_all_done(finished):
