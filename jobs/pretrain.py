@@ -75,8 +75,8 @@ def describe(run: Run) -> str:
         f"run      {run.name} in {run.folder}\n"
         f"store    {run.worker.store}: {run.windows['train']} training windows of {shape.window} tokens an epoch, "
         f"{run.windows['val']} for validation\n"
-        f"model    {run.parameters / 1e6:.1f} M parameters: {shape.layers}+{shape.layers} blocks, width {shape.d_model}, "
-        f"{shape.token_size} values a token -> {shape.latent_dim}\n"
+        f"model    {run.parameters / 1e6:.1f} M parameters: {shape.layers}+{shape.layers} blocks of width "
+        f"{shape.d_model}, {shape.token_size} values a token -> {shape.latent_dim}\n"
         f"training {training.epochs} epochs of {run.steps_per_epoch} steps of {training.batch_size} windows, "
         f"{run.flops / 1e12:.3g} TFLOP in all"
     )

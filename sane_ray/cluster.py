@@ -27,7 +27,7 @@ QUIET = {
 
 @contextmanager
 def connect(config: ClusterConfig) -> Iterator[None]:
-    """Joins the cluster at ``config.address`` or ``RAY_ADDRESS``, or starts Ray on this machine for the block's duration.
+    """Joins the cluster at ``config.address`` or ``RAY_ADDRESS``, or starts Ray on this machine, for the block inside.
 
     Inside an already connected process nothing is started or ended.
 
@@ -93,7 +93,7 @@ def local_ray(num_cpus: int, temp_dir: str | None = None) -> Iterator[None]:
     ours = {
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the controller's next look; Ray's 2 s are for many
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next look; Ray's 2 s are for large groups
     }
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
@@ -148,7 +148,8 @@ def preflight(config: ClusterConfig) -> Resources:
     """Compares what a run asks for with what the connected cluster has.
 
     Raises:
-        InputError: the cluster has too few CPUs or GPUs, with the nearest config that fits. Ray itself would wait forever.
+        InputError: the cluster has too few CPUs or GPUs (Ray itself would wait forever); names the nearest config
+            that fits.
     """
     import ray
 
@@ -164,8 +165,8 @@ def preflight(config: ClusterConfig) -> Resources:
     if config.num_workers * per_worker > cpus:
         fits = int(cpus // per_worker)
         raise InputError(
-            f"{config.num_workers} workers need {config.num_workers * per_worker:g} CPUs ({config.cpus_per_worker:g} each "
-            f"and {config.data_cpus:g} for its data stream), but the cluster has {cpus:g}: "
+            f"{config.num_workers} workers need {config.num_workers * per_worker:g} CPUs ({config.cpus_per_worker:g} "
+            f"each and {config.data_cpus:g} for its data stream), but the cluster has {cpus:g}: "
             + (f"set cluster.num_workers to {fits}" if fits else "lower cluster.cpus_per_worker or cluster.data_cpus")
             + ", or add nodes"
         )
@@ -183,7 +184,7 @@ def _threads(config: ClusterConfig, cpus: float) -> int:
 
 
 def default_storage(storage: str) -> Path:
-    """Root of results: as given, else ./results, or ~/sane_ray_results in a submitted Ray job, whose folder is thrown away."""
+    """Root of results: as given, else ./results, or ~/sane_ray_results in a Ray job, whose own folder is temporary."""
     if storage:
         return Path(storage).expanduser().absolute()
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:

@@ -1,7 +1,8 @@
 """Every setting of every job: nested, keyword-only, typed, validated when built.
 
-A job's config is one dataclass (``BuildZooJob``, ``PrepareJob``, ``PretrainJob``) made of sections. A field's docstring is
-its ``--help`` text. Presets are functions that return a job config. This module imports nothing but the standard library.
+A job's config is one dataclass (``BuildZooJob``, ``PrepareJob``, ``PretrainJob``) made of sections. A field's
+docstring is its ``--help`` text. Presets are functions that return a job config. Nothing but the standard library is
+imported here.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ class LossConfig:
     """Temperature of the NT-Xent loss."""
 
     reconstruction: Literal["signal", "elements"] = "signal"
-    """What the squared error is divided by: `signal` counts real weights, `elements` padding too (the published code)."""
+    """What the squared error is divided by: `signal` counts real weights, `elements` padding too (as published)."""
 
     def __post_init__(self) -> None:
         _check(0 <= self.gamma <= 1, "loss.gamma", self.gamma, "must lie in [0, 1]")

@@ -1,4 +1,4 @@
-"""Every step's metrics of a run, as JSON lines in its folder: written by Ray Train's controller, read by plots and progress."""
+"""Every step's metrics of a run, as JSON lines: Ray Train's controller writes them, plots and progress read them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The order in which training sees windows: a pure function of seed and epoch, the same for any number of workers.
 
-An epoch is cut into pools of row groups that fit in memory together. A pool's windows are dealt out one model after the
-other, so that near-duplicates (windows and checkpoints of one model) lie as far apart as the pool allows: within a batch
-they would be false negatives of the contrastive loss. Worker r of w takes the r-th of w equal slices of every global batch.
+An epoch is cut into pools of row groups that fit in memory together. A pool's windows are dealt out one model after
+the other, so that near-duplicates (windows and checkpoints of one model) lie as far apart as the pool allows: within a
+batch they would be false negatives of the contrastive loss. Worker r of w takes the r-th of w equal slices of every
+global batch.
 
 Never reads tokens and never imports Ray.
 """
@@ -44,9 +45,9 @@ class Windows(NamedTuple):
 class Plan:
     """Seeded order over the windows of one split of a store.
 
-    Every token of every checkpoint is covered in every epoch. A checkpoint of N tokens gives ceil(N / W) + 1 windows of W
-    tokens whose common phase is drawn anew each epoch (one window if N = W). The windows that do not fill a last global
-    batch are left out; which ones differs from epoch to epoch.
+    Every token of every checkpoint is covered in every epoch. A checkpoint of N tokens gives ceil(N / W) + 1 windows
+    of W tokens whose common phase is drawn anew each epoch (one window if N = W). The windows that do not fill a last
+    global batch are left out; which ones differs from epoch to epoch.
     """
 
     groups: tuple[tuple[int, ...], ...]

@@ -112,7 +112,7 @@ class Trainer:
         return means | {"val/explained_variance": float(variance)}
 
     def _augmented(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Both views with multiplicative noise (paper section 3.3), which leaves padding zero; the target is the view."""
+        """Both views with multiplicative noise (paper section 3.3), which keeps padding zero; they are the targets."""
         tokens = torch.cat([batch.view_1, batch.view_2]).float()
         if self.augmentation.noise > 0:
             tokens = tokens * (1 + self.augmentation.noise * torch.randn_like(tokens))

@@ -65,7 +65,8 @@ def test_every_step_is_in_the_history_and_the_loss_falls(finished):
     timed = [point for point in history if "tokens_per_s" in point]
     assert all(point["tokens_per_s"] > 0 and 0 <= point["data_wait_fraction"] <= 1 for point in timed)
     assert all(
-        point["flops_per_s"] / point["tokens_per_s"] == pytest.approx(timed[0]["flops_per_s"] / timed[0]["tokens_per_s"])
+        point["flops_per_s"] / point["tokens_per_s"]
+        == pytest.approx(timed[0]["flops_per_s"] / timed[0]["tokens_per_s"])
         for point in timed
     )
 
@@ -84,9 +85,7 @@ def test_mlflow_has_one_finished_run_with_parameters_metrics_and_artifacts(finis
     wanted = "train/gradient_norm train/learning_rate train/explained_variance val/loss tokens_per_s flops_per_s"
     assert {*wanted.split(), "data_wait_fraction", "train/loss_contrast", "train/loss_recon"} <= measured
     artifacts = {
-        item.path
-        for folder in ("model", "plots")
-        for item in client.list_artifacts(logged.info.run_id, folder)
+        item.path for folder in ("model", "plots") for item in client.list_artifacts(logged.info.run_id, folder)
     }
     assert {"model/config.json", "model/model.safetensors", "plots/losses.png", "plots/reconstruction.png"} <= artifacts
     assert "plots/accuracies.png" in artifacts

@@ -50,7 +50,7 @@ def test_two_ranks_validate_as_one(two_ranks):
 
 
 def test_one_rank_continues_what_two_saved(two_ranks):
-    folder, two = two_ranks
+    folder, _ = two_ranks
     resumed, uninterrupted = make_trainer(seed=5), make_trainer()
     resumed.state.load(folder / "checkpoint")
     assert resumed.state.step == STEPS

@@ -33,7 +33,7 @@ def test_a_worker_gets_its_share_of_the_plan_in_order(store, rank):
     reader = make_reader(store, rank=rank, world_size=2)
     batches = list(stream(reader, epochs=2, first_step=0, data_cpus=1))
     assert len(batches) == 2 * reader.plan.steps_per_epoch
-    rows = [row for batch in batches for row in zip(batch.view_1, batch.view_2, batch.signal, batch.positions)]
+    rows = [row for batch in batches for row in zip(*vars(batch).values(), strict=True)]
     windows = planned(reader, 2)
     assert len(rows) == len(windows)
     for (view_1, view_2, signal, positions), (checkpoint, start) in zip(rows, windows, strict=True):
