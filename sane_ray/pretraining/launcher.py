@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -298,7 +299,8 @@ def report_run(run: Run, tracker: Tracker) -> None:
 def _progress_bar(run: Run) -> Iterator[None]:
     """Shows steps, loss and time left, read from the history that the controller writes."""
     stop = threading.Event()
-    bar = tqdm(total=run.total_steps, initial=last_step(run), desc="pretraining", unit="step", mininterval=1.0)
+    pause = 1.0 if sys.stderr.isatty() else 15.0  # a log file should not fill with bars
+    bar = tqdm(total=run.total_steps, initial=last_step(run), desc="pretraining", unit="step", mininterval=pause)
 
     def follow() -> None:
         while not stop.wait(1.0):
