@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import itertools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +140,7 @@ def _first_line(documented: object) -> str:
 def _preset(arguments: Sequence[str], presets: Mapping[str, object]) -> str:
     """The value of ``--preset``, read before all else because it supplies the defaults."""
     chosen = next(iter(presets))
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         if argument == "--preset":
             chosen = following
         elif argument.startswith("--preset="):

@@ -72,13 +72,21 @@ def _join(address: str) -> None:
     import ray
 
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         raise InputError(
             f"no Ray cluster at cluster.address = {address!r} ({error}): start one with `ray start --head`, "
             "correct the address (or RAY_ADDRESS), or leave both empty to run on this machine; "
             "if it refused the token, copy the cluster's token to ~/.ray/auth_token"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raises ``OSError`` at once where nobody listens: Ray itself would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 @contextmanager

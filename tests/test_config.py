@@ -1,0 +1,111 @@
+import dataclasses
+
+import pytest
+
+from sane_ray.config import (
+    PRESETS,
+    AugmentationConfig,
+    AutoencoderConfig,
+    BuildZooJob,
+    ClusterConfig,
+    LossConfig,
+    PrepareJob,
+    PretrainingConfig,
+    PretrainJob,
+    TokensConfig,
+    ZooConfig,
+    to_dict,
+)
+from sane_ray.errors import InputError
+
+REFUSED = [
+    (ZooConfig, "zoo", "models", 0),
+    (ZooConfig, "zoo", "batch_size", 0),
+    (ZooConfig, "zoo", "checkpoint_epochs", []),
+    (ZooConfig, "zoo", "checkpoint_epochs", [2, 1]),
+    (ZooConfig, "zoo", "checkpoint_epochs", [-1, 1]),
+    (ZooConfig, "zoo", "learning_rates", [1e-2, 1e-3]),
+    (ZooConfig, "zoo", "learning_rates", [0.0]),
+    (ZooConfig, "zoo", "dropouts", [1.0]),
+    (ZooConfig, "zoo", "activations", []),
+    (TokensConfig, "tokens", "token_size", -1),
+    (TokensConfig, "tokens", "split", [0.5, 0.5]),
+    (TokensConfig, "tokens", "split", [0.5, 0.5, 0.5]),
+    (TokensConfig, "tokens", "split", [0.0, 0.5, 0.5]),
+    (TokensConfig, "tokens", "max_skipped", 1.5),
+    (TokensConfig, "tokens", "max_architectures", 0),
+    (TokensConfig, "tokens", "row_group_mb", 0.0),
+    (TokensConfig, "tokens", "file_mb", 0.0),
+    (AutoencoderConfig, "autoencoder", "token_size", -1),
+    (AutoencoderConfig, "autoencoder", "window", 0),
+    (AutoencoderConfig, "autoencoder", "d_model", 130),
+    (AutoencoderConfig, "autoencoder", "max_positions", [10, 10]),
+    (AutoencoderConfig, "autoencoder", "dropout", 1.0),
+    (LossConfig, "loss", "gamma", 1.1),
+    (LossConfig, "loss", "temperature", 0.0),
+    (AugmentationConfig, "augmentation", "noise", -0.1),
+    (PretrainingConfig, "pretraining", "epochs", 0),
+    (PretrainingConfig, "pretraining", "learning_rate", 0.0),
+    (PretrainingConfig, "pretraining", "weight_decay", -1.0),
+    (PretrainingConfig, "pretraining", "warmup", 1.0),
+    (PretrainingConfig, "pretraining", "gradient_clip", -1.0),
+    (PretrainingConfig, "pretraining", "shuffle_mb", 0.0),
+    (PretrainingConfig, "pretraining", "checkpoints_kept", 0),
+    (ClusterConfig, "cluster", "num_workers", 0),
+    (ClusterConfig, "cluster", "cpus_per_worker", 0.0),
+    (ClusterConfig, "cluster", "data_cpus", 0.0),
+    (ClusterConfig, "cluster", "max_failures", -1),
+]
+
+
+@pytest.mark.parametrize(("section", "name", "field", "value"), REFUSED)
+def test_a_refused_value_is_named_with_its_dotted_field(section, name, field, value):
+    if (name, field, value) == ("autoencoder", "d_model", 130):
+        section = lambda **fields: AutoencoderConfig(heads=3, **fields)  # noqa: E731
+    with pytest.raises(InputError, match=rf"config field {name}\.{field} is ") as refusal:
+        section(**{field: value})
+    assert repr(value) in str(refusal.value)
+
+
+def test_a_batch_is_shared_out_evenly():
+    with pytest.raises(InputError, match=r"pretraining\.batch_size is 32: .*cluster\.num_workers = 5"):
+        PretrainJob(cluster=ClusterConfig(num_workers=5))
+
+
+def test_the_published_presets_have_the_published_sizes():
+    cnn, resnet18 = PRESETS["cnn"](), PRESETS["resnet18"]()
+    shapes = [dataclasses.astuple(job.autoencoder)[1:6] for job in (cnn, resnet18)]
+    assert shapes == [(64, 1024, 8, 8, 128), (256, 2048, 16, 8, 128)]
+    assert (cnn.tokens.token_size, resnet18.tokens.token_size) == (289, 288)
+    for job in (cnn, resnet18):
+        optimisation = job.pretraining
+        assert (optimisation.epochs, optimisation.batch_size) == (50, 32)
+        assert (optimisation.learning_rate, optimisation.weight_decay) == (1e-4, 3e-9)
+        assert (job.loss.gamma, job.loss.temperature, job.augmentation.noise) == (0.05, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("job", [BuildZooJob, PrepareJob, PretrainJob])
+def test_every_field_explains_itself(job):
+    import ast
+    import inspect
+
+    def undocumented(config):
+        tree = ast.parse(inspect.getsource(config)).body[0]
+        fields = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
+        after = {id(node): follower for node, follower in zip(tree.body, [*tree.body[1:], None], strict=True)}
+        bare = [
+            node.target.id
+            for node in fields
+            if not (isinstance(after[id(node)], ast.Expr) and isinstance(after[id(node)].value, ast.Constant))
+        ]
+        sections = {field.name: type(getattr(config(), field.name)) for field in dataclasses.fields(config)}
+        sections = {name: kind for name, kind in sections.items() if dataclasses.is_dataclass(kind)}
+        return [n for n in bare if n not in sections] + [n for kind in sections.values() for n in undocumented(kind)]
+
+    assert undocumented(job) == []
+
+
+def test_a_config_becomes_plain_nested_values():
+    plain = to_dict(PretrainJob())
+    assert plain["cluster"]["num_workers"] == 1
+    assert plain["tokens"]["split"] == [0.7, 0.15, 0.15]
