@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sane_ray.autoencoder.model import SANE, join_windows, window_indices
+from sane_ray.autoencoder.model import SANE, attend, join_windows, window_indices
 from sane_ray.config import AutoencoderConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import LayerStatistics, fit
@@ -140,6 +141,21 @@ def test_attention_stays_within_a_window_and_sees_all_of_it():
     difference = (model.encode(changed, positions) - model.encode(tokens, positions)).abs().sum(dim=-1)
     assert (difference[1] > 0).all()
     assert (difference[[0, 2]] == 0).all()
+
+
+def test_bfloat16_attention_on_the_cpu_trains_as_the_exact_one():
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 9, 16, requires_grad=True) for _ in range(3)]
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    direction = torch.randn(2, 3, 9, 16)
+    expected = F.scaled_dot_product_attention(*exact)
+    found = attend(*rounded, 0.0)
+    (expected * direction).sum().backward()
+    (found.float() * direction).sum().backward()
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
+    for tensor, reference in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(tensor.grad.float(), reference.grad, atol=0.06, rtol=0.06)
+    assert (attend(*rounded, 0.999) == 0).float().mean() > 0.5
 
 
 def test_dropout_acts_in_training_only():
