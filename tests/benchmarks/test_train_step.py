@@ -102,7 +102,7 @@ def test_help_teaches_and_bad_arguments_are_refused(capsys):
         train_step.parse(["--steps", "0"])
 
 
-def test_the_loops_swap_places_and_results_keep_theirs():
+def test_the_loops_swap_places_every_round():
     calls = []
     bursts = [lambda name=name: calls.append(name) for name in ("ours", "plain", "product")]
     for number in range(2):
