@@ -30,8 +30,8 @@ import torch
 
 from sane_ray.cluster import connect
 from sane_ray.config import ClusterConfig, TokensConfig
-from sane_ray.tokens.shards import write_store, write_token_file
 from sane_ray.tokens.store import SPLITS, RowGroup, TokenStore
+from sane_ray.tokens.store.writing import write_store, write_token_file
 from sane_ray.zoo.catalog import discover
 
 LEAST_WRITE, LEAST_SCAN = 0.5, 0.7

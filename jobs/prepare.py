@@ -7,9 +7,9 @@ from pathlib import Path
 from sane_ray.cli import run_job
 from sane_ray.cluster import connect, default_storage
 from sane_ray.config import PrepareJob
-from sane_ray.tokens.shards import matching_store, preview, write_store
 from sane_ray.tokens.store import TokenStore
-from sane_ray.tokens.summary import summarize
+from sane_ray.tokens.store.summary import summarize
+from sane_ray.tokens.store.writing import matching_store, preview, write_store
 from sane_ray.zoo.catalog import discover
 
 EXAMPLES = """\

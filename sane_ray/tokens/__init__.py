@@ -1,1 +1,1 @@
-"""Weights to token sequences and back: tokenizer, normalisation, symmetry, alignment, and the token store."""
+"""Weights to token sequences and back: tokenizer, normalisation, symmetry, and the token store."""

@@ -13,11 +13,10 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,9 +27,6 @@ from sane_ray.errors import InputError
 
 Kind = Literal["conv", "linear", "norm", "running_mean", "running_var", "other"]
 BatchNorm = Literal["keep", "ignore"]
-Value = TypeVar("Value")
-
-_MODULE_ORDER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -160,22 +156,6 @@ class LayerTable:
         layers = tuple(Layer(**{**layer, "shape": tuple(layer["shape"])}) for layer in data["layers"])
         others = tuple(Untokenized(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["untokenized"])
         return cls(token_size=data["token_size"], layers=layers, untokenized=others)
-
-
-def natural_order(state_dict: Mapping[str, Value]) -> dict[str, Value]:
-    """The same entries with modules in natural order (``layers.9`` before ``layers.10``), weight before bias.
-
-    For files that do not keep the order of the state dict, such as safetensors. It is the order of a network whose
-    modules are numbered; where they are named (``conv1, bn1, conv2``) the original order cannot be known from the
-    names, but this one is always the same.
-    """
-
-    def rank(key: str) -> tuple[list[list[str | int]], int, str]:
-        module, _, name = key.rpartition(".")
-        place = _MODULE_ORDER.index(name) if name in _MODULE_ORDER else len(_MODULE_ORDER)
-        return [_natural(part) for part in module.split(".")] if module else [], place, name
-
-    return {key: state_dict[key] for key in sorted(state_dict, key=rank)}
 
 
 def discover_token_size(state_dict: Mapping[str, Tensor], batch_norm: BatchNorm = "keep") -> int:
@@ -389,11 +369,6 @@ def _sibling(key: str, name: str) -> str:
     """Another entry of the same module."""
     module, dot, _ = key.rpartition(".")
     return f"{module}{dot}{name}"
-
-
-def _natural(text: str) -> list[str | int]:
-    """Sort key in which numbers compare as numbers; text and numbers alternate, so like meets like."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
 def _copy(value: Tensor) -> Tensor:

@@ -154,15 +154,15 @@ def check_zoo(plan: ZooPlan, zoo: Path) -> None:
     Raises:
         InputError: it is a file, holds another zoo (names the first field that differs), or other things.
     """
-    remedy = "choose another --output, or remove it"
+    remedy = "choose another folder (--output of jobs/build_zoo.py, --storage of jobs/pretrain.py), or remove it"
     if not zoo.exists():
         return
     if not zoo.is_dir():
-        raise InputError(f"--output {zoo} is a file, not a folder: {remedy}")
+        raise InputError(f"{zoo} is a file, not a folder: {remedy}")
     path = zoo / "config.json"
     if not path.exists():
         if any(entry.name != _UNFINISHED for entry in zoo.iterdir()):
-            raise InputError(f"--output {zoo} is not empty, but holds no config.json of a zoo: {remedy}")
+            raise InputError(f"{zoo} is not empty, but holds no config.json of a zoo: {remedy}")
         return
     try:
         found = json.loads(path.read_text())

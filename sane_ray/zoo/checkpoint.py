@@ -32,7 +32,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     A state dict nested under one of ``WRAPPERS`` is unwrapped, ``PREFIXES`` are stripped when every key has them, and
     entries that are no tensors are left out. Keys keep the file's order; safetensors files keep none, so theirs are put
-    in the order of ``_natural``.
+    in the order of ``natural_order``.
 
     Args:
         path: a ``.safetensors`` file, or a file written by ``torch.save`` (any name; zip or legacy format).
@@ -55,21 +55,26 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state_dict
 
 
+def natural_order(key: str) -> tuple[list[list[str | int]], int, str]:
+    """Sort key for keys of a state dict: ``layers.9`` before ``layers.10``, weight before bias as torch has them.
+
+    For files that do not keep the order of the state dict, such as safetensors. It is the order of a network whose
+    modules are numbered; where they are named (``conv1, bn1, conv2``) the original order cannot be known from the
+    names, but this one is always the same.
+    """
+    module, _, name = key.rpartition(".")
+    parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", step)] for step in module.split(".")]
+    return parts, _TENSOR_ORDER.index(name) if name in _TENSOR_ORDER else len(_TENSOR_ORDER), name
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in sorted(file.keys(), key=_natural)}
+            return {key: file.get_tensor(key) for key in sorted(file.keys(), key=natural_order)}
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: truncated, or not a safetensors file ({error}); copy or download it again, or remove it"
         ) from error
-
-
-def _natural(key: str) -> tuple[list[list[str | int]], int, str]:
-    """Sort key: modules with numbers as numbers (``layers.9`` before ``layers.10``), then tensors as torch has them."""
-    module, _, name = key.rpartition(".")
-    parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", step)] for step in module.split(".")]
-    return parts, _TENSOR_ORDER.index(name) if name in _TENSOR_ORDER else len(_TENSOR_ORDER), name
 
 
 def _read_torch(path: Path) -> Any:

@@ -4,7 +4,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
@@ -16,7 +15,8 @@ from sane_ray.tokens.symmetry import (
     permute,
     random_permutations,
 )
-from sane_ray.tokens.tokenizer import build_layer_table, natural_order, tokenize
+from sane_ray.tokens.tokenizer import build_layer_table, tokenize
+from sane_ray.zoo.checkpoint import load_state_dict
 
 
 def cnn():
@@ -194,7 +194,7 @@ def test_a_window_of_indices_is_a_slice_of_all(window):
 
 
 def test_the_identity_gathers_every_value_from_its_place(parity):
-    state_dict = natural_order(load_file(parity / "cnn_a.safetensors"))
+    state_dict = load_state_dict(parity / "cnn_a.safetensors")
     table = build_layer_table(state_dict, token_size=32)
     symmetry = derive_symmetry(table)
     assert symmetry.sizes == {f"module_list.{index}": size for index, size in ((0, 8), (3, 6), (6, 4), (9, 20))}

@@ -13,15 +13,15 @@ from sane_ray.tokens.tokenizer import (
     build_layer_table,
     detokenize,
     discover_token_size,
-    natural_order,
     tokenize,
 )
+from sane_ray.zoo.checkpoint import load_state_dict
 
 MODULE_ENTRIES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def cnn_a(parity):
-    return natural_order(load_file(parity / "cnn_a.safetensors"))
+    return load_state_dict(parity / "cnn_a.safetensors")
 
 
 def small_bn(parity):
@@ -117,13 +117,6 @@ def test_without_a_reference_only_tokenized_keys_come_back_and_tokenize_again(pa
     restored = detokenize(tokenize(state_dict, table), table)
     assert list(restored) == ["conv1.weight", "conv2.weight", "conv2.bias", "fc.weight", "fc.bias"]
     assert torch.equal(tokenize(restored, table), tokenize(state_dict, table))
-
-
-def test_natural_order_restores_the_order_of_numbered_modules():
-    names = [f"layers.{index}.{name}" for index in range(12) for name in MODULE_ENTRIES]
-    assert list(natural_order(dict.fromkeys(sorted(names)))) == names
-    mixed = ["weight", "block2.weight", "block10.weight", "block10.0.weight", "block10.0.gamma"]
-    assert list(natural_order(dict.fromkeys(reversed(mixed)))) == mixed
 
 
 def test_token_size_is_the_widest_channel_with_or_without_bias(parity):

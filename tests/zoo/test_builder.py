@@ -137,7 +137,7 @@ def test_folders_that_are_no_zoo_are_refused(tmp_path):
     check_zoo(plan, tmp_path)
     file = tmp_path / "notes.txt"
     file.write_text("mine")
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match=r"is a file.*--output of jobs/build_zoo\.py, --storage of jobs/pretrain\.py"):
         check_zoo(plan, file)
     with pytest.raises(InputError, match=r"not empty, but holds no config\.json"):
         check_zoo(plan, tmp_path)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sane_ray.tokens.inspection import BATCH_BYTES, BATCH_CHECKPOINTS, batches, inspect_batch, weights_digest
 from sane_ray.tokens.normalization import LayerStatistics
+from sane_ray.tokens.store.inspection import BATCH_BYTES, BATCH_CHECKPOINTS, batches, inspect_batch, weights_digest
 from sane_ray.tokens.tokenizer import LayerTable, build_layer_table, tokenize
 from sane_ray.zoo.checkpoint import load_state_dict
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from sane_ray.errors import InputError
-from sane_ray.tokens.partial import partial_folder
+from sane_ray.tokens.store.partial import partial_folder
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from sane_ray.tokens.partial import partial_folder
+from sane_ray.tokens.store.partial import partial_folder
 with partial_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("written")
     print("holding", flush=True)
@@ -26,7 +26,7 @@ def holder(tmp_path: Path):
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / "store")],
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         text=True,
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "holding\n"

@@ -5,7 +5,7 @@ used, splits by model, fits the normalisation on the training split and plans th
 task. Plan and bytes depend on the inputs and the config alone, never on the cluster.
 
 Never leaves a half-written store: everything happens in a hidden sibling folder that is renamed at the end. Reading is
-``sane_ray.tokens.store``, and needs no Ray.
+``sane_ray.tokens.store.reading``, and needs no Ray.
 
 Shape suffixes: N tokens of a checkpoint, T token size.
 """
@@ -26,19 +26,18 @@ from numpy.typing import NDArray
 from sane_ray import __version__
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
-from sane_ray.tokens.inputs import Entry, Inputs, matching
-from sane_ray.tokens.inspection import Found, batches, inspect_batch, weights_digest
-from sane_ray.tokens.layout import Part, Row, allocate, arrange, bytes_per_token, check_splits, plan
-from sane_ray.tokens.partial import partial_folder
-from sane_ray.tokens.progress import bar
-from sane_ray.tokens.store import (
+from sane_ray.tokens.store.inputs import Entry, Inputs, matching
+from sane_ray.tokens.store.inspection import Found, batches, inspect_batch, weights_digest
+from sane_ray.tokens.store.layout import Part, Row, allocate, arrange, bytes_per_token, check_splits, plan
+from sane_ray.tokens.store.partial import partial_folder
+from sane_ray.tokens.store.progress_bar import checkpoint_bar
+from sane_ray.tokens.store.reading import (
     FORMAT,
     INDEX_FILE,
     MODELS_FILE,
     SPLITS,
     VERSION,
     Architecture,
-    RowGroup,
     TokenStore,
     file_digest,
     json_digest,
@@ -47,8 +46,6 @@ from sane_ray.tokens.store import (
 from sane_ray.tokens.tokenizer import LayerTable, build_layer_table, tokenize
 from sane_ray.zoo.catalog import Record
 from sane_ray.zoo.checkpoint import load_state_dict
-
-__all__ = ["Architecture", "RowGroup", "TokenStore", "matching_store", "preview", "write_store", "write_token_file"]
 
 _MAX_BLOCKS = 1000
 _MAX_TRIED = 20
@@ -141,7 +138,7 @@ def _inspect(inputs: Inputs) -> Found:
     paths = [record.path for record in inputs.records]
     work = batches(paths, [entry.bytes for entry in inputs.entries.values()])
     settings = {"token_size": inputs.config.token_size, "batch_norm": inputs.config.batch_norm}
-    with bar("inspect checkpoints", len(paths)) as progress:
+    with checkpoint_bar("inspect checkpoints", len(paths)) as progress:
         for result in _map(inspect_batch, work, settings):
             found.add(result)
             progress.update(len(result["checkpoints"]))
@@ -161,7 +158,7 @@ def _write_parts(
     }
     files: list[dict[str, Any]] = []
     scales: dict[int, list[float]] = {}
-    with bar("write token files", sum(len(group) for part in parts for group in part.groups)) as progress:
+    with checkpoint_bar("write token files", sum(len(group) for part in parts for group in part.groups)) as progress:
         for result in _map(_write_part, [_task(part) for part in parts], settings):
             if "error" in result:
                 raise InputError(result["error"])

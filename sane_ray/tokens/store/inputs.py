@@ -14,9 +14,9 @@ from typing import Any
 
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
-from sane_ray.tokens.inspection import digest_if_readable
-from sane_ray.tokens.progress import bar
-from sane_ray.tokens.store import TokenStore, json_digest
+from sane_ray.tokens.store.inspection import digest_if_readable
+from sane_ray.tokens.store.progress_bar import checkpoint_bar
+from sane_ray.tokens.store.reading import TokenStore, json_digest
 from sane_ray.zoo.catalog import Record
 
 _GATES = ("max_architectures", "max_skipped")
@@ -148,7 +148,7 @@ def _rewritten(store: TokenStore, inputs: Inputs, touched: list[str]) -> list[st
     digests |= {row["id"]: row["sha256"] for row in store.skipped}
     paths = {record.id: record.path for record in inputs.records}
     changed = []
-    with bar("compare checkpoints", len(touched)) as progress:
+    with checkpoint_bar("compare checkpoints", len(touched)) as progress:
         for name in touched:
             if digest_if_readable(paths[name]) != digests[name]:
                 changed.append(name)

@@ -18,9 +18,9 @@ import torch
 
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
-from sane_ray.tokens.inspection import Found
 from sane_ray.tokens.normalization import LayerStatistics, fit
-from sane_ray.tokens.store import SPLITS, Architecture
+from sane_ray.tokens.store.inspection import Found
+from sane_ray.tokens.store.reading import SPLITS, Architecture
 from sane_ray.tokens.symmetry import derive_symmetry
 from sane_ray.tokens.tokenizer import LayerTable
 from sane_ray.zoo.catalog import Record

@@ -1,4 +1,4 @@
-"""Progress of long work, with the time left."""
+"""The bar that shows how far work over checkpoints is, with the time left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 from tqdm import tqdm
 
 
-def bar(what: str, total: int) -> tqdm[Any]:
+def checkpoint_bar(what: str, total: int) -> tqdm[Any]:
     """A progress bar over checkpoints: lively on a terminal, a line now and then in a log."""
     return tqdm(total=total, desc=what, unit="checkpoint", mininterval=0.2 if sys.stderr.isatty() else 10)

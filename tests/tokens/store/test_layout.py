@@ -5,9 +5,9 @@ import pytest
 
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
-from sane_ray.tokens.layout import Row, allocate, check_splits, plan
 from sane_ray.tokens.normalization import Normalization
 from sane_ray.tokens.store import SPLITS, Architecture
+from sane_ray.tokens.store.layout import Row, allocate, check_splits, plan
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tokens.tokenizer import Layer, LayerTable
 from sane_ray.zoo.catalog import Record

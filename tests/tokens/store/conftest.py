@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sane_ray.config import TokensConfig
-from sane_ray.tokens.shards import TokenStore, write_store
+from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store.writing import write_store
 from sane_ray.zoo.catalog import discover
 
 SHAPES = {"conv.weight": (4, 1, 3, 3), "conv.bias": (4,), "norm.weight": (4,), "norm.bias": (4,)}

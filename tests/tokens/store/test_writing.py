@@ -15,10 +15,10 @@ import torch
 
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
-from sane_ray.tokens.inspection import weights_digest
 from sane_ray.tokens.normalization import Normalization
-from sane_ray.tokens.shards import Architecture, TokenStore, _write_part, matching_store, preview
-from sane_ray.tokens.store import SPLITS
+from sane_ray.tokens.store import SPLITS, Architecture, TokenStore
+from sane_ray.tokens.store.inspection import weights_digest
+from sane_ray.tokens.store.writing import _write_part, matching_store, preview
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tokens.tokenizer import build_layer_table
 from sane_ray.zoo.catalog import discover

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sane_ray.errors import InputError
-from sane_ray.tokens.store import SPLITS, TokenStore, as_float32, to_stored
+from sane_ray.tokens.store import SPLITS, TokenStore
+from sane_ray.tokens.store.reading import as_float32, to_stored
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_reading_needs_no_ray(shared_store: TokenStore):
         "import sys; from sane_ray.tokens.store import TokenStore; "
         f"store = TokenStore.open({str(shared_store.path)!r}); store.state_dict(3); assert 'ray' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
 def test_no_store(tmp_path: Path):

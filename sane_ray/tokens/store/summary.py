@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sane_ray.tokens.store import SPLITS, Architecture, TokenStore
+from sane_ray.tokens.store.reading import SPLITS, Architecture, TokenStore
 
 _LISTED = 20
 """Skipped checkpoints shown."""

@@ -1,8 +1,8 @@
 """A token store, read: a folder of the tokens of a zoo's checkpoints and all that turns them back into weights.
 
 ``store.json`` (layout of the tokens, architectures, normalisation, provenance), ``models.parquet`` (a row a checkpoint)
-and ``tokens/split=*/part-*.parquet`` (a row a token). ``sane_ray.tokens.shards`` writes it; this module never writes,
-never imports Ray, and refuses a store that is incomplete, damaged or of another format.
+and ``tokens/split=*/part-*.parquet`` (a row a token). ``sane_ray.tokens.store.writing`` writes it; this module never
+writes, never imports Ray, and refuses a store that is incomplete, damaged or of another format.
 
 Shape suffixes: N tokens of a checkpoint, T token size.
 """

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import torch
 
 from sane_ray.tokens.store import TokenStore
-from sane_ray.tokens.summary import summarize
+from sane_ray.tokens.store.summary import summarize
 
 
 def test_a_summary_names_what_the_store_holds(shared_store: TokenStore):

@@ -1,6 +1,6 @@
 """Pass 1 over a zoo: what each checkpoint is, and whether it can be used.
 
-Plain functions of plain data: ``sane_ray.tokens.shards`` runs them in Ray tasks. Never imports Ray.
+Plain functions of plain data: ``sane_ray.tokens.store.writing`` runs them in Ray tasks. Never imports Ray.
 """
 
 from __future__ import annotations
