@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from sane_ray.cli import run_job
-from sane_ray.cluster import connect, default_storage
+from sane_ray.cluster import connect, default_storage, local_path, preflight
 from sane_ray.config import PRESETS, PretrainJob
+from sane_ray.errors import InputError
 from sane_ray.pretraining.history import read_history
 from sane_ray.pretraining.launcher import Run, is_complete, plan_run, pretrain
-from sane_ray.tokens.shards import write_store
 from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store.writing import matching_store, write_store
+from sane_ray.tokens.tokenizer import build_layer_table
 from sane_ray.tracking import default_uri, ui_command
-from sane_ray.zoo.builder import build_zoo
+from sane_ray.zoo.architectures import from_params
+from sane_ray.zoo.builder import build_zoo, check_zoo, plan_zoo
 from sane_ray.zoo.catalog import discover
 
 EXAMPLES = """examples:
@@ -30,16 +33,39 @@ EXAMPLES = """examples:
 def main(job: PretrainJob, dry_run: bool) -> None:
     """Builds what is missing, trains, and says where everything is."""
     storage = default_storage(job.storage)
+    store = TokenStore.open(local_path(job.store, "store")) if job.store else find_store(job, storage)
     if dry_run:
-        print(plan_text(job, storage))
+        plan = describe(plan_run(job, store, storage)) if store else describe_building(job, storage)
+        print(f"{plan}\ndry run: nothing was started")
         return
     with connect(job.cluster):
-        store = TokenStore.open(job.store) if job.store else build_store(job, storage)
-        run = plan_run(job, store, storage)
+        preflight(job.cluster)
+        run = plan_run(job, store or build_store(job, storage), storage)
         print(describe(run))
         already = is_complete(run)
         pretrain(run, job)
-        print(ending(run, storage, already))
+        print(ending(run, already))
+
+
+def find_store(job: PretrainJob, storage: Path) -> TokenStore | None:
+    """The built-in store if it is there.
+
+    Raises:
+        InputError: what is there is another one, or the config does not fit the zoo that would be built.
+    """
+    zoo, path = built_in_paths(job, storage)
+    plan = plan_zoo(job.zoo)
+    check_zoo(plan, zoo)
+    network = from_params(next(iter(plan.models.values())))
+    table = build_layer_table(network.state_dict(), token_size=job.tokens.token_size, batch_norm=job.tokens.batch_norm)
+    if job.autoencoder.window > table.num_tokens:
+        raise InputError(
+            f"config field autoencoder.window is {job.autoencoder.window}, but the networks of the built-in zoo have "
+            f"{table.num_tokens} tokens: set it to {table.num_tokens} or less, or name your own --store"
+        )
+    if plan.missing(zoo):
+        return None
+    return matching_store(discover(zoo), path, job.tokens, source=zoo)
 
 
 def build_store(job: PretrainJob, storage: Path) -> TokenStore:
@@ -55,16 +81,14 @@ def built_in_paths(job: PretrainJob, storage: Path) -> tuple[Path, Path]:
     return storage / "zoos" / name, storage / "stores" / name
 
 
-def plan_text(job: PretrainJob, storage: Path) -> str:
-    """What the job would do, found out without Ray."""
+def describe_building(job: PretrainJob, storage: Path) -> str:
+    """What comes before training when there is no store yet."""
     zoo, path = built_in_paths(job, storage)
-    if job.store or path.exists():
-        return describe(plan_run(job, TokenStore.open(job.store or path), storage)) + "\ndry run: nothing was started"
     checkpoints = job.zoo.models * len(job.zoo.checkpoint_epochs)
     return (
         f"would train {job.zoo.models} networks on {job.zoo.dataset} into {zoo},\n"
-        f"write their {checkpoints} checkpoints as tokens to {path}, then pretrain SANE on them "
-        f"for {job.pretraining.epochs} epochs\ndry run: nothing was started"
+        f"write their {checkpoints} checkpoints as tokens to {path},\n"
+        f"then pretrain SANE on them for {job.pretraining.epochs} epochs"
     )
 
 
@@ -82,7 +106,7 @@ def describe(run: Run) -> str:
     )
 
 
-def ending(run: Run, storage: Path, already: bool) -> str:
+def ending(run: Run, already: bool) -> str:
     """Where the results are and what to do next."""
     last = read_history(run.history)[-1]
     seen = f"; validation explained variance {last['val/explained_variance']:.3f}" if "val/loss" in last else ""
@@ -90,7 +114,7 @@ def ending(run: Run, storage: Path, already: bool) -> str:
         f"{'already complete' if already else 'done'}: training loss {last['train/loss']:.4f}{seen}\n"
         f"model    {run.output}   (SANE.from_pretrained reads it with torch alone)\n"
         f"pictures {run.folder / 'plots'}\n"
-        f"MLflow   {ui_command(default_uri(storage))}"
+        f"MLflow   {ui_command(default_uri(run.storage))}"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,14 +161,17 @@ def preflight(config: ClusterConfig) -> Resources:
     """
     import ray
 
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    if config.gpu == "yes" and gpus < config.num_workers:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    too_few = gpus < config.num_workers and (gpus > 0 or config.gpu == "yes")
+    if config.gpu != "no" and too_few:
         raise InputError(
-            f"cluster.num_workers is {config.num_workers} with cluster.gpu 'yes', but the cluster has {gpus:g} GPUs: "
-            + (f"set cluster.num_workers to {int(gpus)} or less" if gpus >= 1 else "set cluster.gpu to 'no'")
+            f"cluster.num_workers is {config.num_workers} with cluster.gpu {config.gpu!r}, but the cluster has "
+            f"{gpus:g} GPUs: set cluster.gpu to 'no'"
+            + (f", or cluster.num_workers to {int(gpus)} or less" if gpus >= 1 else "")
             + ", or add GPU nodes"
         )
+    gpu = config.gpu != "no" and gpus > 0
     per_worker = config.cpus_per_worker + config.data_cpus
     if config.num_workers * per_worker > cpus:
         fits = int(cpus // per_worker)
@@ -178,8 +181,20 @@ def preflight(config: ClusterConfig) -> Resources:
             + (f"set cluster.num_workers to {fits}" if fits else "lower cluster.cpus_per_worker or cluster.data_cpus")
             + ", or add nodes"
         )
-    gpu = config.gpu == "yes" or (config.gpu == "auto" and gpus >= config.num_workers)
+    places = sum(_places(node, config.cpus_per_worker, gpu) for node in nodes)
+    if places < config.num_workers:
+        raise InputError(
+            f"{config.num_workers} workers of {config.cpus_per_worker:g} CPUs{' and a GPU' if gpu else ''} each do not "
+            f"fit on the cluster's {len(nodes)} nodes, which have room for {places}: set cluster.num_workers to "
+            f"{places} or less, lower cluster.cpus_per_worker, or add larger nodes"
+        )
     return Resources(config.num_workers, gpu, config.cpus_per_worker, _threads(config, cpus))
+
+
+def _places(node: Mapping[str, float], cpus_per_worker: float, gpu: bool) -> int:
+    """Workers that fit on a node: none is ever spread over two."""
+    by_cpu = int(node.get("CPU", 0.0) / cpus_per_worker + 1e-9)
+    return min(by_cpu, int(node.get("GPU", 0.0))) if gpu else by_cpu
 
 
 def _threads(config: ClusterConfig, cpus: float) -> int:
@@ -194,7 +209,21 @@ def _threads(config: ClusterConfig, cpus: float) -> int:
 def default_storage(storage: str) -> Path:
     """Root of results: as given, else ./results, or ~/sane_ray_results in a Ray job, whose own folder is temporary."""
     if storage:
-        return Path(storage).expanduser().absolute()
+        return local_path(storage, "storage")
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return Path.home() / "sane_ray_results"
     return Path("results").absolute()
+
+
+def local_path(text: str, field: str) -> Path:
+    """The absolute path that a config field names.
+
+    Raises:
+        InputError: it is the address of an object store, which would otherwise become a folder of that name.
+    """
+    if "://" in text:
+        raise InputError(
+            f"config field {field} is {text!r}: object stores cannot be used directly; name a folder that every node "
+            "sees (local disk, NFS, or the mounted store)"
+        )
+    return Path(text).expanduser().absolute()

@@ -8,6 +8,7 @@ imported here.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -151,6 +152,7 @@ class TokensConfig:
             self.split,
             "must be three fractions (train, val, test) that add up to 1, the first positive",
         )
+        _check(self.seed >= 0, "tokens.seed", self.seed, "must not be negative")
         _check(self.max_architectures > 0, "tokens.max_architectures", self.max_architectures, "must be at least 1")
         _check(0 <= self.max_skipped <= 1, "tokens.max_skipped", self.max_skipped, "must lie in [0, 1]")
         _check(self.row_group_mb > 0, "tokens.row_group_mb", self.row_group_mb, "must be positive")
@@ -301,6 +303,7 @@ class PretrainingConfig:
             "checkpoints_kept",
         ):
             _check(getattr(self, name) > 0, f"pretraining.{name}", getattr(self, name), "must be at least 1")
+        _check(self.seed >= 0, "pretraining.seed", self.seed, "must not be negative")
         _check(self.learning_rate > 0, "pretraining.learning_rate", self.learning_rate, "must be positive")
         _check(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "must not be negative")
         _check(self.shuffle_mb > 0, "pretraining.shuffle_mb", self.shuffle_mb, "must be positive")
@@ -327,7 +330,7 @@ class ClusterConfig:
     """Whether each training worker takes a GPU; `auto` takes one when the cluster has enough."""
 
     data_cpus: float = 1.0
-    """CPUs a worker's data stream may use, left free by the training workers."""
+    """CPUs that the data stream of each training worker takes, beside the worker's own."""
 
     max_failures: int = 3
     """Worker failures survived, each by a restart from the last checkpoint, before the run fails."""
@@ -387,7 +390,7 @@ class PretrainJob:
     """Root of all results, shared by all nodes; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
 
     run_name: str = ""
-    """Name of the run; the same name with the same config resumes, with another is refused. Empty names it by preset
+    """Name of the run; the same name with the same config resumes, with another is refused. Empty names it by store
     and config."""
 
     zoo: ZooConfig = field(default_factory=ZooConfig)
@@ -404,6 +407,12 @@ class PretrainJob:
             "pretraining.batch_size",
             self.pretraining.batch_size,
             f"must be a multiple of cluster.num_workers = {self.cluster.num_workers}",
+        )
+        _check(
+            re.fullmatch(r"([A-Za-z0-9][\w.-]*)?", self.run_name) is not None,
+            "run_name",
+            self.run_name,
+            "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-' (it names a folder)",
         )
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sane_ray.cluster import connect, default_storage, preflight, required_cpus
+from sane_ray.cluster import _places, connect, default_storage, preflight, required_cpus
 from sane_ray.config import ClusterConfig
 from sane_ray.errors import InputError
 
@@ -42,12 +42,27 @@ def test_what_fits_is_granted(ray_session):
     [
         (ClusterConfig(num_workers=3), r"3 workers need 6 CPUs.*the cluster has 4.*cluster\.num_workers to 2"),
         (ClusterConfig(cpus_per_worker=8), r"1 workers need 9 CPUs.*lower cluster\.cpus_per_worker"),
+        (ClusterConfig(num_workers=2, cpus_per_worker=3, data_cpus=0.1), r"2 workers need 6\.2 CPUs"),
         (ClusterConfig(gpu="yes"), r"cluster\.gpu 'yes', but the cluster has 0 GPUs: set cluster\.gpu to 'no'"),
     ],
 )
 def test_what_the_cluster_cannot_hold_is_refused(ray_session, config, message):
     with pytest.raises(InputError, match=message):
         preflight(config)
+
+
+def test_a_worker_is_never_spread_over_nodes():
+    assert _places({"CPU": 2.0}, 4, gpu=False) == 0
+    assert _places({"CPU": 8.0, "GPU": 1.0}, 2, gpu=False) == 4
+    assert _places({"CPU": 8.0, "GPU": 1.0}, 2, gpu=True) == 1
+    assert _places({"CPU": 0.6}, 0.2, gpu=False) == 3
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/x", "gs://bucket"])
+def test_an_object_store_does_not_become_a_folder(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"config field storage is .*every node"):
+        default_storage(address)
 
 
 def test_results_go_where_they_are_wanted(monkeypatch, tmp_path):

@@ -46,6 +46,8 @@ REFUSED = [
     (AugmentationConfig, "augmentation", "noise", -0.1),
     (PretrainingConfig, "pretraining", "epochs", 0),
     (PretrainingConfig, "pretraining", "learning_rate", 0.0),
+    (PretrainingConfig, "pretraining", "seed", -1),
+    (TokensConfig, "tokens", "seed", -1),
     (PretrainingConfig, "pretraining", "weight_decay", -1.0),
     (PretrainingConfig, "pretraining", "warmup", 1.0),
     (PretrainingConfig, "pretraining", "gradient_clip", -1.0),
@@ -65,6 +67,13 @@ def test_a_refused_value_is_named_with_its_dotted_field(section, name, field, va
     with pytest.raises(InputError, match=rf"config field {name}\.{field} is ") as refusal:
         section(**{field: value})
     assert repr(value) in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "..", ".hidden", "it's", "two words"])
+def test_a_run_name_is_the_name_of_a_folder(name):
+    with pytest.raises(InputError, match="config field run_name is "):
+        PretrainJob(run_name=name)
+    assert PretrainJob(run_name="digits-2.1_b").run_name == "digits-2.1_b"
 
 
 def test_a_batch_is_shared_out_evenly():

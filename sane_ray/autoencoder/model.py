@@ -308,7 +308,7 @@ class SANE(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder).resolve()
-        _check_replaceable(folder)
+        check_replaceable(folder)
         weights = self.state_dict()
         if any(_is_sharded(weight) for weight in weights.values()):
             raise InputError(f"model for {folder} is sharded over processes: gather its weights before saving")
@@ -560,7 +560,7 @@ def _read_weights(path: Path, device: str | torch.device) -> dict[str, Tensor]:
         raise InputError(f"{path} is not a safetensors file, or cut short ({error}): copy it again") from error
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Raises ``InputError`` if writing a model at ``folder`` would destroy anything but a model."""
     if not folder.exists():
         return

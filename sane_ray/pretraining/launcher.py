@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sane_ray.autoencoder.model import SANE
-from sane_ray.cluster import Resources, preflight
+from sane_ray.autoencoder.model import SANE, check_replaceable
+from sane_ray.cluster import Resources, local_path, preflight
 from sane_ray.config import AutoencoderConfig, PretrainJob, to_dict
 from sane_ray.errors import InputError
 from sane_ray.pretraining.history import last_point
@@ -42,7 +41,8 @@ class Run:
     """A run that has been decided, before anything is started."""
 
     name: str
-    folder: Path
+    storage: Path
+    """Root of all results."""
     identity: str
     """Hash of all that changes the result: config and content of the store."""
     settings: dict[str, Any]
@@ -52,6 +52,11 @@ class Run:
     steps_per_epoch: int
     windows: dict[str, int]
     """Windows of an epoch, by split."""
+
+    @property
+    def folder(self) -> Path:
+        """Everything of this run."""
+        return self.storage / "runs" / self.name
 
     @property
     def total_steps(self) -> int:
@@ -84,9 +89,14 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
     """Resolves the config against the store and names the run; reads only the store's index.
 
     Raises:
-        InputError: a token size, window, batch size or position table that does not fit the store, or views that its
-            architectures have no symmetry for.
+        InputError: a token size, window, batch size or position table that does not fit the store, views that its
+            architectures have no symmetry for, or an output folder that holds something else.
     """
+    if job.tokens.token_size not in (0, store.token_size):
+        raise InputError(
+            f"config field tokens.token_size is {job.tokens.token_size}, but the tokens of {store.path} have "
+            f"{store.token_size} values: set --tokens.token_size 0 to take the store's, or prepare a store of that size"
+        )
     autoencoder = resolve_autoencoder(job.autoencoder, store)
     _check_symmetry(job, store)
     plan, _ = plan_of_store(
@@ -100,10 +110,11 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
     settings = _settings(job, autoencoder, store)
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = job.run_name or f"{store.path.name}-{identity}"
-    folder = storage / "runs" / name
+    output = local_path(job.output, "output") if job.output else storage / "runs" / name / MODEL_FOLDER
+    check_replaceable(output)
     return Run(
         name=name,
-        folder=folder,
+        storage=storage,
         identity=identity,
         settings=settings,
         worker=WorkerConfig(
@@ -115,7 +126,7 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
             data_cpus=job.cluster.data_cpus,
             threads=1,
         ),
-        output=Path(job.output).expanduser().absolute() if job.output else folder / MODEL_FOLDER,
+        output=output,
         steps_per_epoch=plan.steps_per_epoch,
         windows={split: windows_of_split(store, split, autoencoder.window) for split in ("train", "val")},
     )
@@ -252,25 +263,14 @@ def _fit(run: Run, job: PretrainJob, resources: Resources, tracker: Tracker) -> 
     if result.checkpoint is None:
         raise RuntimeError(f"training ended without a checkpoint in {run.folder}")
     with result.checkpoint.as_directory() as checkpoint:
-        _install(Path(checkpoint) / MODEL_FOLDER, run.output)
-
-
-def _install(model: Path, output: Path) -> None:
-    """Copies the trained model's folder to where it was wanted, whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staged = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(model, staged)
-    shutil.rmtree(output, ignore_errors=True)
-    staged.rename(output)
+        SANE.from_pretrained(Path(checkpoint) / MODEL_FOLDER).save_pretrained(run.output)
 
 
 @contextmanager
 def _tracked(run: Run) -> Iterator[Tracker]:
     """The run's MLflow run, ended as what really happened."""
-    storage = run.folder.parent.parent
     tracker = Tracker.start(
-        uri=default_uri(storage),
+        uri=default_uri(run.storage),
         experiment=EXPERIMENT,
         run_name=run.name,
         identity=f"{run.name}-{run.identity}",

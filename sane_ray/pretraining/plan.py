@@ -45,9 +45,10 @@ class Windows(NamedTuple):
 class Plan:
     """Seeded order over the windows of one split of a store.
 
-    Every token of every checkpoint is covered in every epoch. A checkpoint of N tokens gives ceil(N / W) + 1 windows
-    of W tokens whose common phase is drawn anew each epoch (one window if N = W). The windows that do not fill a last
-    global batch are left out; which ones differs from epoch to epoch.
+    Every token of every checkpoint is covered in every epoch, by windows that all differ. A checkpoint of N tokens
+    gives ceil(N / W) + 1 windows of W tokens: the first, the last, and between them a run of others whose phase is
+    drawn anew each epoch (one less where N - 1 is a multiple of W, since no phase is left; one if N = W). The windows
+    that do not fill a last global batch are left out; which ones differs from epoch to epoch.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -129,15 +130,21 @@ class Plan:
 
 def window_counts(tokens: NDArray[np.int64], window: int) -> NDArray[np.int64]:
     """Windows that checkpoints of so many tokens give in an epoch."""
-    return np.where(tokens == window, 1, -(-tokens // window) + 1)
+    return np.where(tokens == window, 1, -(-tokens // window) + (_phases(tokens, window) > 0))
+
+
+def _phases(tokens: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """Starts that the second window may have without the one before the last becoming the last."""
+    return (tokens - 1) % window
 
 
 def _draw_windows(
     checkpoints: NDArray[np.int64], tokens: NDArray[np.int64], window: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Windows that cover every token: boundaries every ``window`` tokens from a random phase, clipped at both ends."""
+    """The first window, the last one, and between them boundaries every ``window`` tokens from a random phase."""
     counts = window_counts(tokens, window)
-    phase = rng.integers(1, window + 1, size=len(checkpoints))
+    phases = _phases(tokens, window)
+    phase = np.where(phases > 0, rng.integers(1, np.maximum(phases, 1) + 1), window)
     which = np.repeat(np.arange(len(checkpoints)), counts)
     number = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
     start = np.clip(phase[which] + (number - 1) * window, 0, tokens[which] - window)

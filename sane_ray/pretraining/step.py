@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
@@ -65,14 +65,15 @@ class Trainer:
         self.loss, self.augmentation, self.pretraining = loss, augmentation, pretraining
         self.device, self.rank, self.world_size = device, rank, world_size
         self.precision = choose_precision(pretraining.precision, device)
-        self.model = SANE(autoencoder, seed=pretraining.seed).to(device)
+        with torch.device("meta"):  # no rank ever holds the whole model
+            self.model = SANE(autoencoder)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         if world_size > 1:
-            shard(self.model, device, self.precision)
+            shard(self.model, device)
+        self.model.to_empty(device=device)
+        self.model.init_weights(pretraining.seed)
         optimizer = build_optimizer(self.model, pretraining)
-        scheduler = OneCycleLR(
-            optimizer, max_lr=pretraining.learning_rate, total_steps=steps, pct_start=pretraining.warmup
-        )
+        scheduler = build_schedule(optimizer, pretraining, steps)
         self.state = TrainingState(self.model, optimizer, scheduler)
 
     def step(self, batch: Batch) -> Tensor:
@@ -143,15 +144,16 @@ def global_metrics(rows: Tensor, world_size: int) -> Tensor:
     return rows
 
 
-def shard(model: SANE, device: torch.device, precision: torch.dtype) -> None:
-    """FSDP2 over all ranks: one unit a transformer block, the rest with the root; gradients are reduced in float32."""
+def shard(model: SANE, device: torch.device) -> None:
+    """FSDP2 over all ranks: one unit a transformer block, the rest with the root; weights and gradients in float32.
+
+    What is rounded to bfloat16, autocast rounds where it is used, on one rank as on many: so N ranks compute what one
+    does. Gathering the weights already rounded would halve the traffic, but round norms and position tables too.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if precision == torch.float32 else precision, reduce_dtype=torch.float32
-    )
     for block in model.blocks():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def build_optimizer(model: nn.Module, config: PretrainingConfig) -> AdamW:
@@ -164,15 +166,29 @@ def build_optimizer(model: nn.Module, config: PretrainingConfig) -> AdamW:
     return AdamW(groups, lr=config.learning_rate, fused=True)
 
 
+def build_schedule(optimizer: AdamW, config: PretrainingConfig, steps: int) -> OneCycleLR:
+    """One cycle over all steps: up for ``warmup`` of them, then down, both along a cosine."""
+    warmup = config.warmup
+    if warmup * steps == 1:  # torch would divide by the zero steps between the first and the peak
+        warmup += 1e-6
+    return OneCycleLR(optimizer, max_lr=config.learning_rate, total_steps=steps, pct_start=warmup)
+
+
 def choose_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """The number format of the matrix products; ``auto`` is bfloat16 where the processor multiplies it natively."""
+    """The number format of the matrix products, the same on all ranks.
+
+    ``auto`` is bfloat16 where every rank's processor multiplies it natively.
+    """
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    agreed = torch.tensor(int(native), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return torch.bfloat16 if agreed else torch.float32
 
 
 def _seed_of_step(seed: int, step: int, rank: int) -> int:

@@ -8,6 +8,7 @@ Shapes: B windows, W tokens in a window, T values in a token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from sane_ray.tokens.symmetry import gather_indices, random_permutations
 
 ROWS_A_BLOCK = 512
 """Windows that the reading stage hands on at once."""
+
+MOST_BLOCKS = 1024
+"""Blocks of pool numbers that an execution starts from, however many pools its epochs have."""
 
 Columns = dict[str, NDArray[Any]]
 """A block of windows, a row each: view_1 [B, W, T], perhaps view_2, signal [B, W], positions [B, W, 3]."""
@@ -70,7 +74,7 @@ class WindowReader:
 
     def blocks(self, pools: Mapping[str, NDArray[np.int64]]) -> Iterator[Columns]:
         """Ray Data stage: a batch of pool numbers in, blocks of windows out, in the plan's order."""
-        store = TokenStore.open(self.store)
+        store = _opened(self.store)
         for epoch, number, first_step in zip(pools["epoch"], pools["pool"], pools["first_step"], strict=True):
             yield from self.read(store, int(epoch), int(number), int(first_step))
 
@@ -122,6 +126,12 @@ class WindowReader:
         return values_NT.reshape(-1).take(indices).reshape(self.plan.window, -1)
 
 
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path) -> TokenStore:
+    """The store, whose index a process reads once; a store never changes."""
+    return TokenStore.open(path)
+
+
 def stream(
     reader: WindowReader, *, epochs: int, first_step: int, data_cpus: float, prefetch_batches: int = 2
 ) -> Generator[Batch, None, None]:
@@ -137,8 +147,14 @@ def stream(
         for epoch in range(first_step // steps, epochs)
         for pool in range(len(reader.plan.pools(epoch)))
     ]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        reader.blocks, batch_size=1, num_cpus=data_cpus, batch_format="numpy"
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
+        reader.blocks,
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=data_cpus,
+        # A task that waits for its reader keeps its CPUs: with more than one a worker could starve the others' streams,
+        # and all of them would wait for each other in the next collective.
+        compute=ray.data.TaskPoolStrategy(size=1),
     )
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False

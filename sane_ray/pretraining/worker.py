@@ -5,11 +5,11 @@ The same code on one worker or many, CPU or GPU. Never talks to MLflow and never
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def train(settings: dict[str, WorkerConfig]) -> dict[str, Any]:
 
 
 class NotFinite(InputError):
-    """The loss became NaN or infinite."""
+    """The loss, on training or validation windows, or the gradient became NaN or infinite."""
 
 
 class _Loop:
@@ -118,17 +118,17 @@ class _Loop:
         batches = stream(self.reader, epochs=self.config.epochs, first_step=state.step, data_cpus=self.data_cpus)
         window, batch_size = self.reader.plan.window, self.reader.plan.batch_size
         progress = Progress(self.trainer, steps_per_epoch=self.steps_per_epoch, tokens_per_step=2 * batch_size * window)
-        while state.step < self.total:
-            with progress.waiting():
-                batch = next(batches).to(self.trainer.device)
-            progress.add(self.trainer.step(batch))
-            if self._epoch_due(self.config.checkpoint_every):
-                self._save(self._points(progress))
-                progress.restart()
-            elif self._due(self.config.log_every) or self._epoch_due(self.config.validate_every):
-                ray.train.report({"history": self._points(progress)})
-                progress.restart()
-        batches.close()
+        with contextlib.closing(batches):
+            while state.step < self.total:
+                with progress.waiting():
+                    batch = next(batches).to(self.trainer.device)
+                progress.add(self.trainer.step(batch))
+                if self._epoch_due(self.config.checkpoint_every):
+                    self._save(self._points(progress))
+                    progress.restart()
+                elif self._due(self.config.log_every) or self._epoch_due(self.config.validate_every):
+                    ray.train.report({"history": self._points(progress)})
+                    progress.restart()
 
     def _due(self, every: int) -> bool:
         return self.trainer.state.step % every == 0
@@ -142,19 +142,23 @@ class _Loop:
         """The steps since the last report, the last with the validation if one is due.
 
         Raises:
-            NotFinite: a loss is not.
+            NotFinite: a loss or a gradient is not; nothing after it is saved.
         """
         points = progress.points()
         if self._epoch_due(self.config.validate_every) and self.validation:
             points[-1] |= self.trainer.validate(self.validation)
         for point in points:
-            if not math.isfinite(point["train/loss"]):
+            self._check_finite(point)
+        return points
+
+    def _check_finite(self, point: Point) -> None:
+        for name in ("train/loss", "train/gradient_norm", "val/loss"):
+            if not math.isfinite(point.get(name, 0.0)):
                 raise NotFinite(
-                    f"the training loss is {point['train/loss']} at step {point['step']}: lower "
-                    f"pretraining.learning_rate ({self.config.learning_rate:g}), or set pretraining.gradient_clip "
+                    f"{name} is {point[name]} at step {point['step']:g}: lower pretraining.learning_rate "
+                    f"({self.config.learning_rate:g}), or set pretraining.gradient_clip "
                     f"({self.config.gradient_clip:g}) to 1 or less"
                 )
-        return points
 
     def _save(self, points: list[Point]) -> None:
         """Reports a checkpoint of the state, at the end with the finished model in it."""
@@ -172,8 +176,9 @@ class _Loop:
         """Rank 0 writes the finished model, with the preprocessing it was trained with, into the checkpoint."""
         weights = whole_model(self.trainer.model)
         if self.trainer.rank == 0:
-            model = SANE(self.trainer.model.config)
-            model.load_state_dict(weights)
+            with torch.device("meta"):
+                model = SANE(self.trainer.model.config)
+            model.load_state_dict(weights, assign=True)
             model.save_pretrained(folder, preprocessing=self.preprocessing)
 
 
@@ -221,7 +226,7 @@ def _resume(state: TrainingState) -> None:
             state.load(Path(folder))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _temporary_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="sane_ray_checkpoint_"))
     try:

@@ -62,7 +62,10 @@ def test_without_a_store_the_whole_line_is_walked_once(ray_session, tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--store", "nowhere", "--dry-run"], "nowhere"),
+        (["--store", "nowhere"], "nowhere"),
+        (["--store", "s3://bucket/store"], "config field store is 's3://bucket/store'"),
+        (["--preset", "cnn"], "autoencoder.window is 64, but the networks of the built-in zoo have 52 tokens"),
+        (["--zoo.dataset", "nowhere.npz"], "nowhere.npz"),
         (["--pretraining.epoch", "3"], "did you mean"),
         (["--cluster.address", "127.0.0.1:1"], "no Ray cluster at cluster.address = '127.0.0.1:1'"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 
 from sane_ray.config import TokensConfig, ZooConfig
-from sane_ray.tokens.shards import write_store
+from sane_ray.tokens.store.writing import write_store
 from sane_ray.zoo.builder import build_zoo
 from sane_ray.zoo.catalog import discover
 

@@ -24,8 +24,18 @@ def main(rank: int, folder: Path) -> None:
     validation = trainer.validate([b.rows(rank * 3, rank * 3 + 3) for b in make_batches(2, seed=9)])
     weights = whole_weights(trainer)
     trainer.state.save(folder / "checkpoint")
+    further = make_batches(2, seed=2)
+    halves = [batch.rows(rank * 3, rank * 3 + 3) for batch in further]
+    resumed = make_trainer(rank=rank, world_size=2, seed=5)
+    resumed.state.load(folder / "checkpoint")
+    outcome = {"resumed": torch.stack([resumed.step(half) for half in halves])}
+    outcome |= {"uninterrupted": torch.stack([trainer.step(half) for half in halves])}
+    rounded = make_trainer(rank=rank, world_size=2, precision="bfloat16")
+    rounded_rows = torch.stack([rounded.step(half) for half in halves])
+    outcome |= {"bfloat16": global_metrics(rounded_rows, 2)}
     if rank == 0:
-        torch.save({"metrics": metrics, "weights": weights, "validation": validation}, folder / "two.pt")
+        outcome |= {"metrics": metrics, "weights": weights, "validation": validation}
+        torch.save(outcome, folder / "two.pt")
     dist.destroy_process_group()
 
 

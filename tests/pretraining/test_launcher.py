@@ -173,7 +173,7 @@ def test_a_killed_worker_costs_nothing_but_time(store, tmp_path):
 def test_a_diverging_loss_is_told_and_not_retried(store, tmp_path):
     job = changed(SMALL, pretraining={"learning_rate": 1e30, "gradient_clip": 0.0, "weight_decay": 0.0})
     run = plan_run(job, store, tmp_path)
-    with pytest.raises(InputError, match=r"training loss is (nan|inf) at step \d+: lower pretraining\.learning_rate"):
+    with pytest.raises(InputError, match=r"is (nan|inf) at step \d+: lower pretraining\.learning_rate"):
         pretrain(run, job)
     assert not run.output.exists()
     client = MlflowClient(tracking_uri=default_uri(tmp_path))
@@ -186,6 +186,7 @@ def test_a_diverging_loss_is_told_and_not_retried(store, tmp_path):
     ("sections", "message"),
     [
         ({"autoencoder": {"window": 64}}, r"autoencoder\.window is 64.*52 tokens"),
+        ({"tokens": {"token_size": 289}}, r"tokens\.token_size is 289.*73 values.*--tokens\.token_size 0"),
         ({"autoencoder": {"token_size": 289}}, r"autoencoder\.token_size is 289.*73 values.*--tokens\.token_size 289"),
         ({"autoencoder": {"max_positions": [10, 4, 24]}}, r"autoencoder\.max_positions.*needs \[52, 4, 24\]"),
         ({"pretraining": {"batch_size": 1000}}, r"pretraining\.batch_size is 1000.*32 windows"),
@@ -195,6 +196,15 @@ def test_a_config_that_does_not_fit_the_store_is_refused(store, tmp_path, sectio
     with pytest.raises(InputError, match=message):
         plan_run(changed(SMALL, **sections), store, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_holds_something_else_is_refused_before_any_work(store, tmp_path):
+    precious = tmp_path / "thesis" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("three years")
+    with pytest.raises(InputError, match=r"thesis holds other files \(precious\.txt\)"):
+        plan_run(dataclasses.replace(SMALL, output=str(precious.parent)), store, tmp_path)
+    assert precious.read_text() == "three years"
 
 
 def test_a_permuted_view_needs_a_known_symmetry(store, tmp_path):

@@ -41,6 +41,18 @@ def test_every_token_of_every_checkpoint_is_covered():
         assert seen.min() >= 1
 
 
+@pytest.mark.parametrize("tokens", [16, 17, 18, 31, 32, 33, 34, 47, 48, 49, 160, 161, 500])
+def test_windows_of_a_checkpoint_differ_and_none_covers_a_token_more_than_thrice(tokens):
+    plan = make_plan(tokens=[tokens] * (MODELS * EPOCHS), pool_tokens=10**9)
+    for epoch in range(5):
+        windows = [(c, s) for pool in plan.pools(epoch) for c, s in zip(*plan.windows(epoch, pool), strict=True)]
+        assert len(set(windows)) == len(windows) == plan.windows_per_epoch
+        seen = np.zeros((MODELS * EPOCHS, tokens), dtype=int)
+        for checkpoint, start in windows:
+            seen[checkpoint, start : start + plan.window] += 1
+        assert (seen.min(), seen.max() <= 3) == (1, True)
+
+
 def test_order_repeats_by_seed_and_changes_with_the_epoch():
     assert epoch_of(make_plan(), 1) == epoch_of(make_plan(), 1)
     assert epoch_of(make_plan(), 1) != epoch_of(make_plan(), 2)

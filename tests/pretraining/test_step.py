@@ -59,6 +59,25 @@ def test_one_rank_continues_what_two_saved(two_ranks):
     torch.testing.assert_close(run_steps(resumed, further), run_steps(uninterrupted, further), atol=1e-5, rtol=1e-5)
 
 
+def test_two_ranks_continue_what_two_saved_bit_by_bit(two_ranks):
+    _, two = two_ranks
+    assert torch.equal(two["resumed"], two["uninterrupted"])
+
+
+def test_two_ranks_in_bfloat16_stay_close_to_one_in_bfloat16(two_ranks):
+    _, two = two_ranks
+    one = run_steps(make_trainer(precision="bfloat16"), make_batches(2, seed=2))
+    torch.testing.assert_close(two["bfloat16"][:, :NORM], one[:, :NORM], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(two["bfloat16"][:, NORM], one[:, NORM], atol=0, rtol=2e-2)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.1), (20, 0.05), (5, 0.2), (4, 0.25), (2, 0.5), (1, 0.3)])
+def test_a_cycle_of_any_length_can_be_walked(steps, warmup):
+    trainer = make_trainer(steps=steps, warmup=warmup)
+    rates = run_steps(trainer, make_batches(1) * steps)[:, METRICS.index("learning_rate")]
+    assert torch.isfinite(rates).all() and (rates > 0).all()
+
+
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path):
     batches = make_batches(6)
     uninterrupted, stopped, resumed = (make_trainer(noise=0.1, seed=seed) for seed in (0, 0, 7))

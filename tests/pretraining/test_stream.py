@@ -4,7 +4,7 @@ import torch
 
 from sane_ray.config import AugmentationConfig, TokensConfig
 from sane_ray.pretraining.stream import WindowReader, fixed_batches, plan_of_store, stream, windows_of_split
-from sane_ray.tokens.shards import write_store
+from sane_ray.tokens.store.writing import write_store
 from sane_ray.tokens.symmetry import permute, random_permutations
 from sane_ray.tokens.tokenizer import tokenize
 from sane_ray.zoo.catalog import discover
