@@ -136,11 +136,11 @@ assert not any(name.split(".")[0] == "ray" and module is not None for name, modu
     assert done.returncode == 0, done.stderr
 
 
-def kill_worker_after_first_checkpoint(folder, killed):
-    """Waits until the run has a checkpoint and goes on, then kills its training worker as the kernel would."""
+def kill_worker_after_a_checkpoint(folder, killed):
+    """Waits until the run is past a checkpoint, then kills its training worker as the kernel would."""
     from ray.util.state import list_actors
 
-    while not list(folder.glob("checkpoint_*")):
+    while len(list(folder.glob("checkpoint_*"))) < 2:  # the first one counts when the second is begun
         time.sleep(0.05)
     filters = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
     for actor in list_actors(filters=filters, detail=True):
@@ -149,12 +149,12 @@ def kill_worker_after_first_checkpoint(folder, killed):
 
 
 def test_a_killed_worker_costs_nothing_but_time(store, tmp_path):
-    job = changed(SMALL, pretraining={"epochs": 5})
+    job = changed(SMALL, pretraining={"epochs": 6})
     whole = changed(job, run_name="whole")
     pretrain(plan_run(whole, store, tmp_path), whole)
 
     run, killed = plan_run(job, store, tmp_path), []
-    thread = threading.Thread(target=kill_worker_after_first_checkpoint, args=(run.folder, killed), daemon=True)
+    thread = threading.Thread(target=kill_worker_after_a_checkpoint, args=(run.folder, killed), daemon=True)
     thread.start()
     pretrain(run, job)
     thread.join(timeout=30)
