@@ -378,7 +378,10 @@ class PrepareJob:
 
 @dataclass(kw_only=True, frozen=True)
 class PretrainJob:
-    """Pretrain SANE on a token store (and first build the digits zoo and store, when nothing else is named)."""
+    """Pretrain SANE on a token store (and first build the digits zoo and its store, when no store is named).
+
+    The sections `zoo` and `tokens` count only for what is built.
+    """
 
     store: str = ""
     """Token store to train on; empty builds the digits zoo and its store under `storage` if they are missing."""
