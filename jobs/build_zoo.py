@@ -5,10 +5,8 @@ Only parses, calls ``sane_ray.zoo.builder`` and says where the zoo is.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from sane_ray.cli import run_job
-from sane_ray.cluster import connect, default_storage
+from sane_ray.cluster import connect, default_storage, local_path
 from sane_ray.config import BuildZooJob
 from sane_ray.zoo.builder import build_zoo, check_zoo, describe, plan_zoo
 
@@ -25,7 +23,8 @@ The same command goes on after an interruption; a finished network is not traine
 def main(config: BuildZooJob, dry_run: bool) -> None:
     """Builds what is missing of the zoo, or prints its plan."""
     plan = plan_zoo(config.zoo)
-    zoo = Path(config.output or default_storage(config.storage) / "zoos" / plan.images.name).expanduser().absolute()
+    default = default_storage(config.storage) / "zoos" / plan.images.name
+    zoo = local_path(config.output, "output") if config.output else default
     check_zoo(plan, zoo)
     if dry_run:
         print(describe(plan, zoo))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sane_ray.cli import run_job
-from sane_ray.cluster import connect, default_storage
+from sane_ray.cluster import connect, default_storage, local_path
 from sane_ray.config import PrepareJob
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.summary import summarize
@@ -43,8 +43,8 @@ def main(config: PrepareJob, dry_run: bool) -> None:
 def paths(config: PrepareJob) -> tuple[Path, Path]:
     """The zoo and the store, absolute, with the defaults filled in."""
     storage = default_storage(config.storage)
-    source = Path(config.source).expanduser().absolute() if config.source else storage / "zoos" / "digits"
-    store = Path(config.store).expanduser().absolute() if config.store else storage / "stores" / source.name
+    source = local_path(config.source, "source") if config.source else storage / "zoos" / "digits"
+    store = local_path(config.store, "store") if config.store else storage / "stores" / source.name
     return source, store
 
 

@@ -135,7 +135,7 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
 def _settings(job: PretrainJob, autoencoder: AutoencoderConfig, store: TokenStore) -> dict[str, Any]:
     """All that changes the trained model; not how often a run looks at itself, nor where it runs."""
     pretraining = to_dict(job.pretraining)
-    for name in ("log_every", "validate_every", "checkpoint_every", "checkpoints_kept"):
+    for name in ("log_every", "validate_every", "validation_windows", "checkpoint_every", "checkpoints_kept"):
         del pretraining[name]
     return {
         "store": {"fingerprint": store.fingerprint},
