@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of matrix products (default: both)",
     )
     parser.add_argument("--steps", type=int, default=4, help="steps of each side in a round (default: 4)")
-    parser.add_argument("--rounds", type=int, default=16, help="rounds after one to warm up (default: 16)")
+    parser.add_argument("--rounds", type=int, default=8, help="rounds after one to warm up (default: 8)")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
     )
