@@ -148,8 +148,11 @@ class Resources:
     """Whether each worker takes a GPU."""
     cpus_per_worker: float
     """CPUs reserved by a worker."""
-    threads: int
-    """Threads of a worker's matrix products."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of a worker's matrix products: what it reserved, since more would wait for each other."""
+        return max(1, int(self.cpus_per_worker))
 
 
 def preflight(config: ClusterConfig) -> Resources:
@@ -188,22 +191,13 @@ def preflight(config: ClusterConfig) -> Resources:
             f"fit on the cluster's {len(nodes)} nodes, which have room for {places}: set cluster.num_workers to "
             f"{places} or less, lower cluster.cpus_per_worker, or add larger nodes"
         )
-    return Resources(config.num_workers, gpu, config.cpus_per_worker, _threads(config, cpus))
+    return Resources(config.num_workers, gpu, config.cpus_per_worker)
 
 
 def _places(node: Mapping[str, float], cpus_per_worker: float, gpu: bool) -> int:
     """Workers that fit on a node: none is ever spread over two."""
     by_cpu = int(node.get("CPU", 0.0) / cpus_per_worker + 1e-9)
     return min(by_cpu, int(node.get("GPU", 0.0))) if gpu else by_cpu
-
-
-def _threads(config: ClusterConfig, cpus: float) -> int:
-    """Threads a worker computes with: what it reserved, or its share of the cores when the machine is ours alone."""
-    import ray
-
-    if len(ray.nodes()) == 1 and not (config.address or os.environ.get("RAY_ADDRESS")):
-        return max(1, (os.cpu_count() or 1) // config.num_workers)
-    return max(1, int(min(config.cpus_per_worker, cpus)))
 
 
 def default_storage(storage: str) -> Path:

@@ -324,7 +324,7 @@ class ClusterConfig:
     """Training workers (data-parallel, sharded with FSDP)."""
 
     cpus_per_worker: float = 1.0
-    """CPUs a training worker reserves."""
+    """CPUs a training worker reserves, and threads of its matrix products."""
 
     gpu: Literal["auto", "yes", "no"] = "auto"
     """Whether each training worker takes a GPU; `auto` takes one when the cluster has enough."""

@@ -34,7 +34,8 @@ def test_workers_and_their_data_streams_are_counted_together():
 def test_what_fits_is_granted(ray_session):
     resources = preflight(ClusterConfig(num_workers=2))
     assert (resources.num_workers, resources.gpu, resources.cpus_per_worker) == (2, False, 1.0)
-    assert resources.threads >= 1
+    assert resources.threads == 1
+    assert preflight(ClusterConfig(cpus_per_worker=2.5)).threads == 2
 
 
 @pytest.mark.parametrize(
