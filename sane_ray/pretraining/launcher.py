@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -255,7 +256,7 @@ def _fit(run: Run, job: PretrainJob, resources: Resources, tracker: Tracker) -> 
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _progress_bar(run):
+    with _progress_bar(run), _interruptible():
         result = trainer.fit()
     outcome = result.return_value or {}
     if "error" in outcome:
@@ -264,6 +265,20 @@ def _fit(run: Run, job: PretrainJob, resources: Resources, tracker: Tracker) -> 
         raise RuntimeError(f"training ended without a checkpoint in {run.folder}")
     with result.checkpoint.as_directory() as checkpoint:
         SANE.from_pretrained(Path(checkpoint) / MODEL_FOLDER).save_pretrained(run.output)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Makes Ctrl-C what it is elsewhere: Ray Train's answer ends the workers, but then the process with status 0."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as ended:
+        raise KeyboardInterrupt from ended
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -2,14 +2,18 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from sane_ray.config import AutoencoderConfig, PretrainingConfig, PretrainJob, ZooConfig
 from sane_ray.tokens.store import TokenStore
+from sane_ray.tracking import default_uri
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("pretrain", ROOT / "jobs" / "pretrain.py")
@@ -76,6 +80,26 @@ def test_bad_input_ends_with_status_2_and_leaves_nothing(tmp_path, arguments, me
     assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_a_training_as_interrupted(ray_session, tmp_path):
+    job = small(tmp_path)
+    pretrain.main(job, False)
+    command = [sys.executable, str(ROOT / "jobs" / "pretrain.py"), "--store", str(tmp_path / "stores/digits")]
+    command += ["--storage", str(tmp_path), "--run-name", "stopped", "--autoencoder.window", "52"]
+    command += ["--pretraining.batch_size", "2", "--pretraining.epochs", "100000", "--pretraining.log_every", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs/stopped/history.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, "interrupted: the same command goes on" in errors) == (130, True), errors
+    client = MlflowClient(tracking_uri=default_uri(tmp_path))
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    runs = client.search_runs([experiment.experiment_id], filter_string="attributes.run_name = 'stopped'")
+    assert [run.info.status for run in runs] == ["KILLED"]
 
 
 def test_help_needs_no_ray_cluster(tmp_path):
