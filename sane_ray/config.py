@@ -132,6 +132,43 @@ class TokensConfig:
     epochs: list[int] = field(default_factory=list)
     """Checkpoint epochs to take; empty takes all."""
 
+    layout: Literal["sparse", "dense", "mixed"] = "sparse"
+    """`sparse`: one channel a row, padded (as published). `dense`: a layer flattened and cut, padded at its end only.
+    `mixed`: dense where sparse tokens would be more than a quarter padding (norms, biases), sparse elsewhere."""
+
+    parameters: Literal["all", "weights"] = "all"
+    """`all` tokenises every floating-point tensor; `weights` only those that the published code does (weights with
+    their biases and running statistics), which leaves out position tables, class tokens and lone biases."""
+
+    where: str = ""
+    """Which checkpoints to take, such as `test_acc > 0.7 and epoch >= 21` or `test_acc >= quantile(test_acc, 0.7)`;
+    empty takes all."""
+
+    weight_threshold: float = 0.0
+    """Leave out checkpoints with a weight or bias larger than this in size (running statistics do not count); 0 takes
+    all."""
+
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Whether checkpoints with the same weights as an earlier one are left out."""
+
+    split_by: str = "model"
+    """What keeps together in a split: `model`; `published` for the split that comes with the zoo; or a property or
+    config field, such as `config.seed`, whose equal values stay together (values train, val, test are the split)."""
+
+    split_file: str = ""
+    """CSV, JSON or Parquet that says the split of each model; the rest are left out."""
+
+    align: Literal["none", "weights"] = "none"
+    """`weights` permutes every model to match a reference model (Git Re-Basin weight matching) before tokenising: the
+    permutation found for its last checkpoint is applied to all its epochs."""
+
+    align_to: str = ""
+    """Model to align to; empty takes the first training model of each architecture."""
+
+    symmetry: list[str] = field(default_factory=list)
+    """Files of permutation symmetries, as `trace_symmetry(...).save(file)` writes them, for architectures that are not
+    recognised by themselves."""
+
     max_architectures: int = 1
     """How many different architectures the store may hold; more is refused, with their names."""
 
@@ -143,6 +180,9 @@ class TokensConfig:
 
     file_mb: float = 256.0
     """Size at which a new token file is begun, in MB."""
+
+    segment_mb: float = 128.0
+    """A model of more MB of tokens than this is cut into segments, a row group each; its windows are not permuted."""
 
     def __post_init__(self) -> None:
         _check(self.token_size >= 0, "tokens.token_size", self.token_size, "must be positive, or 0 to discover it")
@@ -157,6 +197,8 @@ class TokensConfig:
         _check(0 <= self.max_skipped <= 1, "tokens.max_skipped", self.max_skipped, "must lie in [0, 1]")
         _check(self.row_group_mb > 0, "tokens.row_group_mb", self.row_group_mb, "must be positive")
         _check(self.file_mb > 0, "tokens.file_mb", self.file_mb, "must be positive")
+        _check(self.segment_mb > 0, "tokens.segment_mb", self.segment_mb, "must be positive")
+        _check(self.weight_threshold >= 0, "tokens.weight_threshold", self.weight_threshold, "must not be negative")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -361,7 +403,24 @@ class PrepareJob:
     """Turn a zoo of checkpoints into a token store."""
 
     source: str = ""
-    """Folder of checkpoints to read, in the published zoo layout; empty is `<storage>/zoos/digits`."""
+    """Checkpoints to read: a folder, an archive or one file of any format that `--reader` names, or the catalog that an
+    audit wrote; empty is `<storage>/zoos/digits`."""
+
+    reader: str = "auto"
+    """Format of the source; `auto` recognises it."""
+
+    properties: str = ""
+    """CSV or Parquet with a column `path` (relative to the source) and one column a property of the checkpoint there."""
+
+    hub: str = ""
+    """Hugging Face repository to read instead of a source, such as `org/name` or `org/name@revision`."""
+
+    zoo: str = ""
+    """Public zoo to download and read instead of a source, such as `cifar10-cnn-sample`; `list` prints them."""
+
+    audit: bool = False
+    """Print what the source holds, what would be left out and why, licences and duplicates; write it as a catalog, and
+    no store."""
 
     store: str = ""
     """Token store to write; empty is `<storage>/stores/<name of source>`."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from sane_ray.errors import InputError
+from sane_ray.zoo.checkpoint import Checkpoint
 from sane_ray.zoo.readers import Record, tune
 
-__all__ = ["Record", "discover"]
+__all__ = ["Record", "discover", "open_record"]
 
 _READERS = (tune,)
 _REMEDY = "name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
@@ -40,3 +41,13 @@ def discover(source: str | Path) -> list[Record]:
             return sorted(records, key=lambda record: (record.model, record.epoch))
     looked_for = "; ".join(reader.LOOKS_FOR for reader in _READERS)
     raise InputError(f"--source {root} holds no checkpoints: looked for {looked_for}; {_REMEDY}")
+
+
+def open_record(record: Record) -> Checkpoint:
+    """Opens the weights of a record with the reader that found it.
+
+    Raises:
+        InputError: They cannot be read without running code, or the file is damaged.
+    """
+    reader = next(reader for reader in _READERS if record.reader == reader.NAME)
+    return reader.open_checkpoint(record)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,59 @@ WRAPPERS = ("model_state_dict", "state_dict", "model", "model_state")
 
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every key."""
+
+
+class Checkpoint(ABC):
+    """The tensors of one checkpoint: names, shapes and dtypes at once, values when asked for.
+
+    Attributes:
+        path: File or folder, for messages.
+        meta: Every tensor on torch's meta device, by key in the order of the state dict.
+    """
+
+    path: str
+    meta: dict[str, Tensor]
+
+    @abstractmethod
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Flat values ``start`` to ``stop`` (in row-major order) of one tensor, as stored, 1-D, on the CPU.
+
+        Reads no more of the file than that where the format allows. Do not write to the result.
+
+        Raises:
+            InputError: The file is damaged there.
+        """
+
+    def tensor(self, key: str) -> Tensor:
+        """One whole tensor in its own shape."""
+        return self.read(key).reshape(self.meta[key].shape)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of them."""
+        return {key: self.tensor(key) for key in self.meta}
+
+
+class LoadedCheckpoint(Checkpoint):
+    """A state dict that is in memory, or a view of a memory-mapped file."""
+
+    def __init__(self, path: str | Path, state_dict: Mapping[str, Tensor]) -> None:
+        self.path = str(path)
+        self._tensors = dict(state_dict)
+        self.meta = {key: torch.empty_like(value, device="meta") for key, value in state_dict.items()}
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """See ``Checkpoint.read``."""
+        return self._tensors[key].reshape(-1)[start:stop]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens one checkpoint file, of any of the formats that ``load_state_dict`` reads, without reading its values.
+
+    Raises:
+        InputError: As ``load_state_dict``.
+    """
+    return LoadedCheckpoint(path, load_state_dict(path))
+
 
 _TENSOR_ORDER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _ZIP_MAGIC = b"PK\x03\x04"

@@ -280,7 +280,7 @@ def _write_models(
         "source_mtime_ns": pa.array([entry.mtime_ns for entry in entries], pa.int64()),
         "source_metadata": pa.array([entry.metadata for entry in entries], pa.string()),
         "sha256": pa.array([row.sha256 for row in rows], pa.string()),
-        "license": pa.array([_text(row.record.config.get("license")) for row in rows], pa.string()),
+        "license": pa.array([row.record.license for row in rows], pa.string()),
     }
     if scales:
         columns["model_scale"] = pa.array([scales[row.ordinal] for row in rows], pa.list_(pa.float32()))

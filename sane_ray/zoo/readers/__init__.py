@@ -1,6 +1,8 @@
-"""Zoo formats: one module a format, each with ``LOOKS_FOR`` (what it looks for, in words) and ``discover(root)``.
+"""Zoo formats, one module each. A reader says what it looks for, lists what is there, and opens it when asked.
 
-A reader lists what is there and what is known of it; it never opens the weights.
+Every reader module has ``NAME`` (as in ``--reader``), ``LOOKS_FOR`` (what it looks for, in words), ``discover(root)``
+(the records of a file or folder, or none if it holds nothing of this format; never opens the weights of a zoo of many
+files) and ``open_checkpoint(record)`` (the tensors, read lazily; never runs code from the file).
 """
 
 from __future__ import annotations
@@ -20,10 +22,20 @@ class Record:
     model: str
     """The trained network it is a checkpoint of: the folder's path inside the zoo."""
     epoch: int
-    """Epochs trained; 0 is the initialisation."""
+    """Epochs trained; 0 is the initialisation, or a format that knows no epochs."""
     path: str
-    """Absolute path of the weights."""
+    """Absolute path of the weights, or of the file or folder that holds them among others."""
     properties: dict[str, Value] = field(default_factory=dict)
     """Measured at this checkpoint: accuracies, losses, generalisation gap; empty where nothing was recorded."""
     config: dict[str, Value] = field(default_factory=dict)
     """How the model was trained."""
+    reader: str = "tune"
+    """Name of the reader that opens it."""
+    member: str = ""
+    """Where in the file they lie, in the reader's own words (a row, a name in an archive); empty is all of it."""
+    license: str | None = None
+    """Licence of the weights, as the zoo names it."""
+    parents: tuple[str, ...] = ()
+    """Lineage: the models that this one was made from, such as the base model of a fine-tuned one."""
+    split: str | None = None
+    """``train``, ``val`` or ``test`` where the zoo comes with a published split."""

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from sane_ray.errors import InputError
+from sane_ray.zoo import checkpoint
+from sane_ray.zoo.checkpoint import Checkpoint
 from sane_ray.zoo.readers import Record, Value
 
+NAME = "tune"
 LOOKS_FOR = "model folders with checkpoint_<epoch>/checkpoints in them (published Ray Tune layout)"
 
 _LOG = logging.getLogger(__name__)
@@ -69,6 +72,19 @@ def discover(root: Path) -> list[Record]:
     return [record for folder, epochs in found for record in _records(root, folder, epochs, license_name)]
 
 
+def open_checkpoint(record: Record) -> Checkpoint:
+    """Opens the weights of one of the records.
+
+    Raises:
+        InputError: The file cannot be read without running code.
+    """
+    return checkpoint.open_checkpoint(record.path)
+
+
+def _text(value: Value) -> str | None:
+    return None if value is None else str(value)
+
+
 def _model_folders(root: Path) -> Iterator[tuple[Path, dict[int, str]]]:
     """Every folder that has checkpoint folders, with their names by epoch. Links are followed, each folder once."""
     seen = {os.path.realpath(root)}
@@ -97,8 +113,6 @@ def _records(root: Path, folder: Path, epochs: dict[int, str], license_name: str
     model = root.name if folder == root else folder.relative_to(root).as_posix()
     results = _results(folder / "result.json")
     config = _config(folder) if folder != root else _config(folder, names=("params.json",))
-    if license_name is not None:
-        config.setdefault("license", license_name)
     for epoch, name in epochs.items():
         yield Record(
             id=f"{model}/{epoch}",
@@ -107,6 +121,8 @@ def _records(root: Path, folder: Path, epochs: dict[int, str], license_name: str
             path=str((folder / name / _WEIGHTS).absolute()),
             properties=results.get(epoch, {}),
             config=config,
+            reader=NAME,
+            license=_text(config.get("license")) or license_name,
         )
 
 

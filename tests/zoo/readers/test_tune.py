@@ -84,7 +84,7 @@ def test_the_zoos_licence_goes_to_every_model_that_names_none(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"license": "CC-BY-4.0", "grid": [1, 2]}))
     add_model(tmp_path, "a", ["checkpoint_1"], params={"seed": 1})
     add_model(tmp_path, "b", ["checkpoint_1"], params={"license": "MIT"})
-    assert [record.config["license"] for record in tune.discover(tmp_path)] == ["CC-BY-4.0", "MIT"]
+    assert [record.license for record in tune.discover(tmp_path)] == ["CC-BY-4.0", "MIT"]
 
 
 def test_models_in_deeper_folders_and_behind_links(tmp_path: Path):
