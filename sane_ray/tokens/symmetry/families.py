@@ -1,11 +1,7 @@
-"""Permutation symmetries: which axes of a network's weights may be reordered together without changing its function.
+"""Symmetries of known families of networks, read off the keys and shapes of a layer table alone.
 
-Reordering the channels of a hidden layer, and with them its bias, its batch norm and the inputs of the next layer,
-gives other weights and the same function (SANE, arXiv 2406.09997, section 3.3). A permuted model is one gather over its
-flattened tokens, so views are made on the fly and never stored. This module knows networks by the keys and shapes of a
-layer table alone; what it does not recognise gets the trivial symmetry. It never imports Ray.
-
-Shape suffixes: N tokens of a checkpoint, T token size, C channels of a layer, R = tokens a channel x T (padded row).
+What is not recognised gets the trivial symmetry: a wrong permutation would silently destroy a model, a missing one
+costs nothing but data augmentation. This module never runs a network and never imports Ray.
 """
 
 from __future__ import annotations
@@ -14,47 +10,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from sane_ray.tokens.symmetry.axes import Axis, Symmetry
+from sane_ray.tokens.tokenizer import LayerTable
 
-from sane_ray.errors import InputError
-from sane_ray.tokens.tokenizer import Layer, LayerTable
-
-Indices = NDArray[np.int64]
 Modules = dict[str, dict[str, tuple[int, ...]]]
-
-
-@dataclass(frozen=True)
-class Symmetry:
-    """Named permutations, and the tensor axes that each of them reorders.
-
-    Attributes:
-        axes: For each tensor that takes part, the permutation of each of its axes, or None for a fixed axis. An axis
-            longer than its permutation is reordered in blocks (the inputs of a linear layer after a flattened
-            convolution).
-        sizes: Length of each permutation.
-    """
-
-    axes: dict[str, tuple[str | None, ...]]
-    sizes: dict[str, int]
-
-    @property
-    def is_trivial(self) -> bool:
-        """Whether there is nothing to permute."""
-        return not self.sizes
-
-    def to_dict(self) -> dict[str, Any]:
-        """The symmetry as JSON-able values."""
-        return {"axes": {key: list(names) for key, names in self.axes.items()}, "sizes": dict(self.sizes)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Symmetry:
-        """The symmetry that ``to_dict`` described, also after a trip through JSON."""
-        return cls({key: tuple(names) for key, names in data["axes"].items()}, dict(data["sizes"]))
 
 
 def derive_symmetry(table: LayerTable) -> Symmetry:
@@ -87,133 +47,6 @@ def derive_symmetry(table: LayerTable) -> Symmetry:
     return Symmetry({}, {})
 
 
-def random_permutations(symmetry: Symmetry, rng: np.random.Generator) -> dict[str, Indices]:
-    """Independent, uniformly drawn permutations, one for each name."""
-    return {name: rng.permutation(symmetry.sizes[name]) for name in sorted(symmetry.sizes)}
-
-
-def permute(
-    state_dict: Mapping[str, Tensor], symmetry: Symmetry, permutations: Mapping[str, Indices]
-) -> dict[str, Tensor]:
-    """The same function with other weights: channel c becomes what channel ``permutation[c]`` was.
-
-    Args:
-        state_dict: Weights of the architecture, tokenised or not.
-        symmetry: Which axes to reorder.
-        permutations: A permutation for each name of the symmetry.
-
-    Returns:
-        The same keys in the same order. Tensors that the symmetry does not name are passed through, not copied.
-
-    Raises:
-        InputError: A permutation is missing or of the wrong length, or a tensor does not fit the symmetry.
-    """
-    _check_permutations(symmetry, permutations)
-    return {key: _permute_tensor(key, value, symmetry, permutations) for key, value in state_dict.items()}
-
-
-def gather_indices(
-    table: LayerTable,
-    symmetry: Symmetry,
-    permutations: Mapping[str, Indices],
-    start: int = 0,
-    stop: int | None = None,
-) -> Indices:
-    """Where each value of a permuted model's tokens stands in the tokens of the model.
-
-    ``tokens.reshape(-1)[gather_indices(...)].reshape(N, T)`` equals ``tokenize(permute(state_dict, ...), table)``.
-    Padding is read from padding.
-
-    Args:
-        table: Layers of the architecture.
-        symmetry: Its symmetry.
-        permutations: A permutation for each name of the symmetry.
-        start: First token of the window that is wanted.
-        stop: End of that window; None for the last token. Only the window's indices are computed.
-
-    Returns:
-        int64 [(stop - start) * T], indices into all N * T values of the model.
-
-    Raises:
-        InputError: Permutations, symmetry, table and window do not fit.
-    """
-    _check_permutations(symmetry, permutations)
-    stop = table.num_tokens if stop is None else stop
-    if not 0 <= start <= stop <= table.num_tokens:
-        raise InputError(f"window of tokens {start} to {stop} does not lie in a model of {table.num_tokens} tokens")
-    indices = np.empty((stop - start, table.token_size), dtype=np.int64)
-    first = int(np.searchsorted(table.layer_starts, start, side="right")) - 1
-    for layer, layer_start in zip(table.layers[first:], table.layer_starts[first:-1].tolist(), strict=True):
-        if layer_start >= stop:
-            break
-        low, high = max(start - layer_start, 0), min(stop - layer_start, layer.num_tokens)
-        channel, skipped = divmod(low, layer.tokens_per_channel)
-        channels = slice(channel, math.ceil(high / layer.tokens_per_channel))
-        rows_CR = _layer_indices(layer, table.token_size, channels, symmetry, permutations)
-        tokens = rows_CR.reshape(-1, table.token_size)[skipped : skipped + high - low]
-        np.add(tokens, layer_start * table.token_size, out=indices[layer_start + low - start :][: high - low])
-    return indices.reshape(-1)
-
-
-def _layer_indices(
-    layer: Layer, token_size: int, channels: slice, symmetry: Symmetry, permutations: Mapping[str, Indices]
-) -> Indices:
-    """Sources of some channels of a layer within that layer's padded rows, [channels, R]."""
-    names = _layer_axes(layer, symmetry)
-    row = layer.tokens_per_channel * token_size
-    columns_R = np.arange(row)
-    if any(names[1:]):
-        inputs = columns_R[: layer.fan_in].reshape(layer.shape[1:])
-        for axis, name in enumerate(names[1:]):
-            if name is not None:
-                inputs = inputs.take(_order(layer.key, permutations[name], inputs.shape[axis]), axis=axis)
-        columns_R[: layer.fan_in] = inputs.reshape(-1)
-    if names[0] is None:
-        sources_C = np.arange(channels.start, channels.stop)
-    else:
-        sources_C = _order(layer.key, permutations[names[0]], layer.channels)[channels]
-    return (sources_C * row)[:, None] + columns_R
-
-
-def _layer_axes(layer: Layer, symmetry: Symmetry) -> tuple[str | None, ...]:
-    """The permutations of a layer's axes; its bias must follow its channels, or a row could not be moved whole."""
-    fixed = (None,) * len(layer.shape)
-    names = symmetry.axes.get(layer.key, fixed)
-    if len(names) != len(layer.shape):
-        raise InputError(f"symmetry names {len(names)} axes of {layer.key}, which has {len(layer.shape)}")
-    if layer.bias_key is not None and symmetry.axes.get(layer.bias_key, fixed)[0] != names[0]:
-        raise InputError(f"symmetry moves {layer.key} and {layer.bias_key} by different permutations")
-    return names
-
-
-def _permute_tensor(key: str, tensor: Tensor, symmetry: Symmetry, permutations: Mapping[str, Indices]) -> Tensor:
-    names = symmetry.axes.get(key, ())
-    if names and len(names) != tensor.dim():
-        raise InputError(f"symmetry names {len(names)} axes of {key}, which has {tensor.dim()}")
-    for axis, name in enumerate(names):
-        if name is not None:
-            order = torch.from_numpy(_order(key, permutations[name], tensor.shape[axis]))
-            tensor = tensor.index_select(axis, order.to(tensor.device))
-    return tensor
-
-
-def _order(key: str, permutation: Indices, size: int) -> Indices:
-    """A permutation of blocks as a permutation of an axis of ``size`` entries."""
-    block, rest = divmod(size, len(permutation))
-    if rest or not block:
-        raise InputError(f"{key} has an axis of {size}, which a permutation of {len(permutation)} cannot reorder")
-    if block == 1:
-        return permutation
-    return (permutation[:, None] * block + np.arange(block)).reshape(-1)
-
-
-def _check_permutations(symmetry: Symmetry, permutations: Mapping[str, Indices]) -> None:
-    for name, size in symmetry.sizes.items():
-        if name not in permutations or len(permutations[name]) != size:
-            found = f"has {len(permutations[name])} entries" if name in permutations else "is missing"
-            raise InputError(f"permutation {name} {found}, but the symmetry needs {size}")
-
-
 class _NotThisFamily(Exception):
     """The keys and shapes are not those of the family that was tried."""
 
@@ -236,7 +69,7 @@ class _Assembly:
     """Collects the axes of a symmetry while a family walks its modules, each of which must be used."""
 
     modules: Modules
-    axes: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
+    axes: dict[str, tuple[Axis, ...]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
@@ -279,7 +112,7 @@ class _Assembly:
         self.used.add(module)
         return self.modules[module]
 
-    def _name(self, key: str, names: tuple[str | None, ...]) -> None:
+    def _name(self, key: str, names: tuple[Axis, ...]) -> None:
         if any(names):
             self.axes[key] = names
 
