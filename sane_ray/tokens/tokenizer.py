@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -27,21 +27,31 @@ from sane_ray.errors import InputError
 
 Kind = Literal["conv", "linear", "norm", "running_mean", "running_var", "other"]
 BatchNorm = Literal["keep", "ignore"]
+Layout = Literal["sparse", "dense", "mixed"]
+Parameters = Literal["all", "weights"]
+Read = Callable[[str, int, int], Tensor]
+
+_CACHED_TOKENS = 1 << 18  # positions of larger models are computed for the range that is asked for
+_MIXED_PADDING = 0.25
 
 
 @dataclass(frozen=True)
 class Layer:
     """One tokenised tensor, with its bias.
 
+    The row space of a layer is its rows ``[w | b]`` one after the other: each padded to whole tokens where the layer is
+    sparse, without gaps where it is dense. Token t of the layer is values ``t * T`` to ``(t + 1) * T`` of that space;
+    only behind its last row can a dense layer have padding.
+
     Attributes:
         key: Name of the tensor in the state dict.
         shape: Its shape; the first axis is the channels.
-        kind: ``conv`` (3 or more axes), ``linear`` (2), ``norm`` (weight of a batch norm), ``running_mean``,
-            ``running_var``, or ``other`` (1 axis and no running statistics beside it, such as a layer norm).
+        kind: What the tensor is, by its name, shape and neighbours.
         bias_key: Name of the bias that is the last column of each row, or None.
         channels: Rows, C.
         width: Signal values of a row, the bias included.
-        tokens_per_channel: Tokens of a row.
+        num_tokens: Tokens of the layer.
+        dense: Whether rows follow each other without padding.
     """
 
     key: str
@@ -50,7 +60,8 @@ class Layer:
     bias_key: str | None
     channels: int
     width: int
-    tokens_per_channel: int
+    num_tokens: int
+    dense: bool = False
 
     @property
     def fan_in(self) -> int:
@@ -58,9 +69,13 @@ class Layer:
         return self.width - (self.bias_key is not None)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of the layer."""
-        return self.channels * self.tokens_per_channel
+    def tokens_per_channel(self) -> int:
+        """Tokens of a row of a sparse layer; 0 for a dense layer, whose rows share tokens."""
+        return 0 if self.dense else self.num_tokens // self.channels
+
+    def stride(self, token_size: int) -> int:
+        """Values from the start of a row to the start of the next in the row space."""
+        return self.width if self.dense else self.tokens_per_channel * token_size
 
 
 @dataclass(frozen=True)
@@ -80,11 +95,13 @@ class LayerTable:
         token_size: Values of a token, T.
         layers: Tokenised tensors; a layer's index is its second position.
         untokenized: Everything else the state dict holds.
+        layout: How it was decided which layers are dense; see ``build_layer_table``.
     """
 
     token_size: int
     layers: tuple[Layer, ...]
     untokenized: tuple[Untokenized, ...]
+    layout: Layout = "sparse"
 
     @cached_property
     def layer_starts(self) -> NDArray[np.int64]:
@@ -104,32 +121,110 @@ class LayerTable:
     @cached_property
     def signal_counts(self) -> NDArray[np.int32]:
         """Real weights of each token, [N]; the rest of the token is padding."""
-        counts = []
-        for layer in self.layers:
-            starts = np.arange(layer.tokens_per_channel) * self.token_size
-            counts.append(np.tile(np.clip(layer.width - starts, 0, self.token_size), layer.channels))
-        return np.concatenate(counts).astype(np.int32)
+        return self._signal(0, self.num_tokens)
 
     @cached_property
     def positions(self) -> NDArray[np.int32]:
-        """Token index, layer and channel of each token, [N, 3]; all tokens of a channel repeat its index."""
-        channels = [np.repeat(np.arange(layer.channels), layer.tokens_per_channel) for layer in self.layers]
-        columns = (np.arange(self.num_tokens), self.layer_of_token, np.concatenate(channels))
-        return np.stack(columns, axis=1).astype(np.int32)
+        """Token index, layer and channel of each token, [N, 3]; the channel is that of the token's first value."""
+        return self._positions(0, self.num_tokens)
 
     @cached_property
     def layer_of_token(self) -> NDArray[np.int32]:
         """Layer of each token, [N]."""
-        return np.repeat(np.arange(len(self.layers), dtype=np.int32), np.diff(self.layer_starts))
+        return self._layers(0, self.num_tokens)
+
+    def signal_of(self, start: int, stop: int) -> NDArray[np.int32]:
+        """``signal_counts`` of a range of tokens, [stop - start]. Do not write to the result.
+
+        Raises:
+            InputError: The model has no such range.
+        """
+        self._check_range(start, stop)
+        return self.signal_counts[start:stop] if self._is_small else self._signal(start, stop)
+
+    def positions_of(self, start: int, stop: int) -> NDArray[np.int32]:
+        """``positions`` of a range of tokens, [stop - start, 3]. Do not write to the result.
+
+        Raises:
+            InputError: The model has no such range.
+        """
+        self._check_range(start, stop)
+        return self.positions[start:stop] if self._is_small else self._positions(start, stop)
+
+    def layers_of(self, start: int, stop: int) -> NDArray[np.int32]:
+        """``layer_of_token`` of a range of tokens, [stop - start]. Do not write to the result.
+
+        Raises:
+            InputError: The model has no such range.
+        """
+        self._check_range(start, stop)
+        return self.layer_of_token[start:stop] if self._is_small else self._layers(start, stop)
+
+    def slices(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The layers that a range of tokens meets: layer, and the first and last + 1 of its own tokens in the range.
+
+        Raises:
+            InputError: The model has no such range.
+        """
+        self._check_range(start, stop)
+        index = int(np.searchsorted(self.layer_starts, start, side="right")) - 1
+        while start < stop:
+            first, end = self.layer_starts[index : index + 2].tolist()
+            yield index, start - first, min(stop, end) - first
+            start, index = end, index + 1
 
     @cached_property
     def position_sizes(self) -> tuple[int, int, int]:
         """Rows that the three position tables (token index, layer, channel) need."""
-        return self.num_tokens, len(self.layers), max(layer.channels for layer in self.layers)
+        size = self.token_size
+        channels = ((layer.num_tokens - 1) * size // layer.stride(size) + 1 for layer in self.layers)
+        return self.num_tokens, len(self.layers), max(channels)
+
+    def resized(self, token_size: int) -> LayerTable:
+        """The same layers in tokens of another size; what is dense in a ``mixed`` layout is decided anew."""
+        layers = tuple(_laid_out(layer, token_size, self.layout) for layer in self.layers)
+        return dataclasses.replace(self, token_size=token_size, layers=layers)
+
+    @property
+    def _is_small(self) -> bool:
+        return self.num_tokens <= _CACHED_TOKENS
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise InputError(f"tokens {start} to {stop} do not lie in a model of {self.num_tokens} tokens")
+
+    @cached_property
+    def _geometry(self) -> NDArray[np.int64]:
+        """Of each layer: stride of its rows, length of a run without padding, stride of such runs, [3, layers]."""
+        rows = []
+        for layer in self.layers:
+            stride = layer.stride(self.token_size)
+            runs = (layer.channels * layer.width, layer.num_tokens * self.token_size)
+            rows.append((stride, *(runs if layer.dense else (layer.width, stride))))
+        return np.array(rows, dtype=np.int64).T
+
+    def _layers(self, start: int, stop: int) -> NDArray[np.int32]:
+        counts = np.diff(self.layer_starts.clip(start, stop))
+        return np.repeat(np.arange(len(self.layers), dtype=np.int32), counts)
+
+    def _offsets(self, start: int, stop: int, layers: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Where each token begins in the row space of its layer."""
+        return (np.arange(start, stop) - self.layer_starts[layers]) * self.token_size
+
+    def _signal(self, start: int, stop: int) -> NDArray[np.int32]:
+        layers = self._layers(start, stop)
+        _, lengths, strides = self._geometry[:, layers]
+        within = self._offsets(start, stop, layers) % strides
+        return (lengths - within).clip(0, self.token_size).astype(np.int32)
+
+    def _positions(self, start: int, stop: int) -> NDArray[np.int32]:
+        layers = self._layers(start, stop)
+        channels = self._offsets(start, stop, layers) // self._geometry[0, layers]
+        return np.stack((np.arange(start, stop), layers, channels), axis=1).astype(np.int32)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the architecture: keys, shapes, kinds, biases and their order, whatever the token size."""
+        """Identifies the architecture: keys, shapes, kinds, biases and their order, whatever the tokens."""
         layers = [(layer.key, layer.shape, layer.kind, layer.bias_key) for layer in self.layers]
         others = [(entry.key, entry.shape) for entry in self.untokenized]
         return hashlib.sha256(json.dumps([layers, others]).encode()).hexdigest()[:16]
@@ -170,7 +265,12 @@ def discover_token_size(state_dict: Mapping[str, Tensor], batch_norm: BatchNorm 
 
 
 def build_layer_table(
-    state_dict: Mapping[str, Tensor], *, token_size: int = 0, batch_norm: BatchNorm = "keep"
+    state_dict: Mapping[str, Tensor],
+    *,
+    token_size: int = 0,
+    batch_norm: BatchNorm = "keep",
+    layout: Layout = "sparse",
+    parameters: Parameters = "all",
 ) -> LayerTable:
     """Reads off a state dict how checkpoints of its architecture become tokens; only shapes and dtypes are looked at.
 
@@ -181,6 +281,9 @@ def build_layer_table(
         state_dict: Any checkpoint of the architecture, in the order the tokens shall have.
         token_size: Values of a token; 0 takes ``discover_token_size``.
         batch_norm: ``ignore`` leaves out the weights, biases and running statistics of batch norms.
+        layout: ``sparse`` pads each row to whole tokens, as published; ``dense`` only the end of a layer; ``mixed`` is
+            dense for a layer whose sparse tokens would be more than a quarter padding, and sparse for the others.
+        parameters: ``all`` tokenises every floating-point tensor, ``weights`` those that the published code does.
 
     Raises:
         InputError: A negative token size, or nothing in the state dict can become tokens.
@@ -189,40 +292,71 @@ def build_layer_table(
         raise InputError(f"token_size is {token_size}: it must be positive, or 0 to take the widest channel")
     found = _tokenizable(state_dict, batch_norm)
     size = token_size or max(width for _, _, _, width in found)
-    layers = tuple(
-        Layer(key, shape := tuple(state_dict[key].shape), kind, bias_key, shape[0], width, math.ceil(width / size))
-        for key, kind, bias_key, width in found
-    )
+    shapes = {key: tuple(state_dict[key].shape) for key, *_ in found}
+    rows = (Layer(key, shapes[key], kind, bias, shapes[key][0], width, 0) for key, kind, bias, width in found)
+    layers = tuple(_laid_out(layer, size, layout) for layer in rows)
     taken = {layer.key for layer in layers} | {layer.bias_key for layer in layers}
     untokenized = tuple(
         Untokenized(key, tuple(getattr(value, "shape", ())), _reason(state_dict, key, batch_norm))
         for key, value in state_dict.items()
         if key not in taken
     )
-    return LayerTable(size, layers, untokenized)
+    return LayerTable(size, layers, untokenized, layout)
+
+
+def _laid_out(layer: Layer, token_size: int, layout: Layout) -> Layer:
+    """The layer with its number of tokens, dense where the layout wants it."""
+    sparse = layer.channels * math.ceil(layer.width / token_size)
+    values = layer.channels * layer.width
+    dense = layout == "dense" or (layout == "mixed" and values < (1 - _MIXED_PADDING) * sparse * token_size)
+    return dataclasses.replace(layer, num_tokens=math.ceil(values / token_size) if dense else sparse, dense=dense)
 
 
 @torch.no_grad()
-def tokenize(state_dict: Mapping[str, Tensor], table: LayerTable) -> Tensor:
+def tokenize(state_dict: Mapping[str, Tensor], table: LayerTable, dtype: torch.dtype = torch.float32) -> Tensor:
     """The tokens of a checkpoint.
 
     Args:
-        state_dict: Weights of any floating-point dtype and memory layout; float64 is rounded to float32.
+        state_dict: Weights of any floating-point dtype and memory layout.
         table: Layers of the architecture. Entries it lists as untokenised may be missing.
+        dtype: Of the tokens. float32 holds every narrower dtype exactly and rounds float64.
 
     Returns:
-        float32 [N, T] on the device of the first layer, zero where there is padding.
+        [N, T] on the device of the first layer, zero where there is padding.
 
     Raises:
         InputError: A key is missing, unknown, of another shape, or not floating point.
     """
     _check_fits(state_dict, table)
     device = state_dict[table.layers[0].key].device
-    tokens_NT = torch.zeros(table.num_tokens, table.token_size, device=device)
-    for layer, rows_CR in _rows(tokens_NT, table):
-        rows_CR[:, : layer.fan_in] = state_dict[layer.key].reshape(layer.channels, -1)
-        if layer.bias_key is not None:
-            rows_CR[:, layer.fan_in] = state_dict[layer.bias_key]
+    tokens_NT = torch.empty(table.num_tokens, table.token_size, dtype=dtype, device=device)
+
+    def read(key: str, start: int, stop: int) -> Tensor:
+        return state_dict[key].reshape(-1)[start:stop]
+
+    _fill(tokens_NT, read, table, 0)
+    return tokens_NT
+
+
+@torch.no_grad()
+def tokenize_range(read: Read, table: LayerTable, start: int, stop: int) -> Tensor:
+    """Some tokens of a checkpoint, without reading the rest of it.
+
+    Args:
+        read: Gives values ``start`` to ``stop`` of a tensor, flat in row-major order: ``Checkpoint.read``. It is asked
+            for no more values at once than the range holds.
+        table: Layers of the architecture.
+        start: First token of the range.
+        stop: End of the range.
+
+    Returns:
+        float32 [stop - start, T], the same as that slice of ``tokenize``.
+
+    Raises:
+        InputError: The model has no such range, or a tensor is not what the table says.
+    """
+    tokens_NT = torch.empty(stop - start if stop > start else 0, table.token_size)
+    _fill(tokens_NT, read, table, start, stop)
     return tokens_NT
 
 
@@ -249,21 +383,76 @@ def detokenize(
             f"{table.token_size}: use the layer table they were made with"
         )
     weights: dict[str, Tensor] = {}
-    for layer, rows_CR in _rows(tokens_NT, table):
-        weights[layer.key] = rows_CR[:, : layer.fan_in].clone(memory_format=torch.contiguous_format).view(layer.shape)
+    parts = tokens_NT.split([layer.num_tokens for layer in table.layers])
+    for layer, part in zip(table.layers, parts, strict=True):
+        stride = layer.stride(table.token_size)
+        rows_CS = part.reshape(-1)[: layer.channels * stride].view(layer.channels, stride)
+        weights[layer.key] = rows_CS[:, : layer.fan_in].clone(memory_format=torch.contiguous_format).view(layer.shape)
         if layer.bias_key is not None:
-            weights[layer.bias_key] = rows_CR[:, layer.fan_in].clone(memory_format=torch.contiguous_format)
+            weights[layer.bias_key] = rows_CS[:, layer.fan_in].clone(memory_format=torch.contiguous_format)
     if reference is None:
         return weights
     _check_fits(reference, table)
     return {key: weights[key].to(value.dtype) if key in weights else _copy(value) for key, value in reference.items()}
 
 
-def _rows(tokens_NT: Tensor, table: LayerTable) -> Iterator[tuple[Layer, Tensor]]:
-    """Each layer with its tokens as padded rows [C, R], a view."""
-    parts = tokens_NT.split([layer.num_tokens for layer in table.layers])
-    for layer, part in zip(table.layers, parts, strict=True):
-        yield layer, part.reshape(layer.channels, -1)
+def _fill(tokens_NT: Tensor, read: Read, table: LayerTable, start: int, stop: int | None = None) -> None:
+    """Writes a range of tokens of a checkpoint, padding included."""
+    stop = table.num_tokens if stop is None else stop
+    done = 0
+    for index, first, end in table.slices(start, stop):
+        layer, part = table.layers[index], tokens_NT[done : done + end - first].view(-1)
+        _fill_layer(part, read, layer, layer.stride(table.token_size), first * table.token_size)
+        done += end - first
+
+
+def _fill_layer(out: Tensor, read: Read, layer: Layer, stride: int, offset: int) -> None:
+    """Writes ``len(out)`` values of a layer's row space from ``offset``: a partial row, whole rows, a partial row."""
+    if stride == layer.fan_in:  # rows without bias and padding: one run of values
+        count = min(len(out), layer.channels * stride - offset)
+        out[:count] = _values(read, layer.key, offset, offset + count)
+        out[count:] = 0
+        return
+    row, column = divmod(offset, stride)
+    if column:
+        count = min(stride - column, len(out))
+        _fill_row(out[:count], read, layer, row, column)
+        out, row = out[count:], row + 1
+    rows = min(len(out) // stride, layer.channels - row)
+    if rows > 0:
+        rows_CS = out[: rows * stride].view(rows, stride)
+        weights = _values(read, layer.key, row * layer.fan_in, (row + rows) * layer.fan_in)
+        rows_CS[:, : layer.fan_in] = weights.view(rows, -1)
+        if layer.bias_key is not None:
+            rows_CS[:, layer.fan_in] = _values(read, layer.bias_key, row, row + rows)
+        rows_CS[:, layer.width :] = 0
+        out, row = out[rows * stride :], row + rows
+    if row < layer.channels:
+        _fill_row(out, read, layer, row, 0)
+    else:
+        out.zero_()  # behind the last row of a dense layer
+
+
+def _fill_row(out: Tensor, read: Read, layer: Layer, row: int, column: int) -> None:
+    """Writes ``len(out)`` values of one row of a layer from ``column``."""
+    count = max(min(len(out), layer.fan_in - column), 0)
+    if count:
+        start = row * layer.fan_in + column
+        out[:count] = _values(read, layer.key, start, start + count)
+    if layer.bias_key is not None and column <= layer.fan_in < column + len(out):
+        out[count : count + 1] = _values(read, layer.bias_key, row, row + 1)
+        count += 1
+    out[count:] = 0
+
+
+def _values(read: Read, key: str, start: int, stop: int) -> Tensor:
+    values = read(key, start, stop)
+    if values.numel() != stop - start:
+        raise InputError(
+            f"{key} gave {values.numel()} of its values {start} to {stop}: the checkpoint is shorter than its "
+            "header says, so copy it again"
+        )
+    return values
 
 
 def _check_fits(state_dict: Mapping[str, Tensor], table: LayerTable) -> None:

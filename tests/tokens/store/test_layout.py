@@ -12,7 +12,7 @@ from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tokens.tokenizer import Layer, LayerTable
 from sane_ray.zoo.catalog import Record
 
-TABLE = LayerTable(40, (Layer("weight", (50, 40), "linear", None, 50, 40, 1),), ())
+TABLE = LayerTable(40, (Layer("weight", (50, 40), "linear", None, 50, 40, 50),), ())
 ARCHITECTURE = Architecture("a", TABLE, Symmetry({}, {}), Normalization("none", np.zeros(1), np.ones(1)))
 BYTES = 50 * (40 * 2 + 5 * 4)
 
