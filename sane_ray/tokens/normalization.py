@@ -2,15 +2,17 @@
 
 ``standardize`` and ``minmax`` follow the published code but for one quirk: it concatenates a batch norm's running
 statistics with themselves and normalises them twice; here they are layers like any other, normalised once. ``l2``,
-which the published code cannot undo, keeps each model's norms. This module never chooses the split that the statistics
-come from, never touches padding (it stays exactly zero), and never imports Ray.
+which the published code cannot undo, keeps each model's norms. A model need not fit into memory: tensors can be read in
+slices (``Moments``) and tokens in ranges. This module never chooses the split that the statistics come from, never
+touches padding (it stays exactly zero), and never imports Ray.
 
 Shape suffixes: N tokens of a checkpoint, T token size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,12 +22,68 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sane_ray.errors import InputError
-from sane_ray.tokens.tokenizer import LayerTable
+from sane_ray.tokens.tokenizer import Layer, LayerTable
 
 Mode = Literal["standardize", "minmax", "l2", "none"]
 Array = NDArray[np.float64]
 
 _FLOAT32 = np.finfo(np.float32)
+_BLOCK = 1 << 17  # values worked on at once: as float64 they stay in a core's own cache
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What the statistics need to know of some values; that of their parts can be merged.
+
+    Attributes:
+        count: How many values.
+        mean: Their mean; NaN if one of them is, NaN or infinite if one of them is infinite.
+        m2: Sum of their squared deviations from the mean.
+        low: Smallest value, NaN if there is one.
+        high: Largest value, NaN if there is one.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    m2: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the values."""
+        return math.sqrt(self.m2 + self.count * self.mean * self.mean)
+
+    @property
+    def variance(self) -> float:
+        """Unbiased variance of the values, 0 for a single one."""
+        return self.m2 / max(self.count - 1, 1)
+
+
+@torch.no_grad()
+def moments(values: Tensor) -> Moments:
+    """The moments of a tensor of any floating-point dtype and shape, in float64, without a float64 copy of it."""
+    total = Moments()
+    for block in values.reshape(-1).split(_BLOCK):
+        if block.dtype != torch.float64:
+            block = block.float()  # exact, and has a minimum, which 8-bit floats have not
+        low, high = (end.item() for end in torch.aminmax(block)) if len(block) else (math.inf, -math.inf)
+        exact = block.double()
+        mean = exact.mean().item() if len(block) else 0.0
+        deviations = exact.sub_(mean) if exact is not block else exact - mean
+        total = merge(total, Moments(len(block), mean, torch.dot(deviations, deviations).item(), low, high))
+    return total
+
+
+def merge(first: Moments, second: Moments) -> Moments:
+    """The moments of the values of both (Chan, Golub and LeVeque 1979)."""
+    if first.count == 0 or second.count == 0:
+        return first if second.count == 0 else second
+    count, gap = first.count + second.count, second.mean - first.mean
+    mean = first.mean + gap * (second.count / count)
+    m2 = first.m2 + second.m2 + gap * gap * (first.count * (second.count / count))
+    low, high = np.minimum(first.low, second.low), np.maximum(first.high, second.high)  # unlike min, keep NaN
+    return Moments(count, mean, m2, float(low), float(high))
 
 
 def _no_layers() -> Array:
@@ -66,8 +124,24 @@ class LayerStatistics:
             InputError: The tokens do not fit the table, or the table is not that of the models before.
         """
         _check_tokens(tokens_NT, table)
-        values = tokens_NT.detach().cpu().numpy()
-        rows = [_layer_statistics(values, table, index) for index in range(len(table.layers))]
+        if len(tokens_NT) != table.num_tokens:
+            raise InputError(f"statistics need all {table.num_tokens} tokens of a model, not {len(tokens_NT)}")
+        return self._add([moments(values) for values in _layer_values(tokens_NT.detach().cpu(), table)])
+
+    def add(self, moments_by_key: Mapping[str, Moments], table: LayerTable) -> LayerStatistics:
+        """Adds one model, known by the moments of its tensors, and returns itself: the same as ``update``.
+
+        Args:
+            moments_by_key: Moments of every tensor that the table tokenises; others may be there.
+            table: Its layers.
+
+        Raises:
+            InputError: A tensor is missing or of another size, or the table is not that of the models before.
+        """
+        return self._add(_layer_moments(moments_by_key, table))
+
+    def _add(self, layers: list[Moments]) -> LayerStatistics:
+        rows = [(layer.mean, layer.variance, layer.norm, layer.low, layer.high) for layer in layers]
         return self.merge(LayerStatistics(1, *np.array(rows).T))
 
     def merge(self, other: LayerStatistics) -> LayerStatistics:
@@ -119,62 +193,87 @@ class Normalization:
     shift: Array
     scale: Array
 
-    def normalize(self, tokens_NT: Tensor, table: LayerTable) -> tuple[Tensor, Tensor | None]:
-        """Normalised tokens [N, T] and, for ``l2``, the norms that they were divided by.
+    @torch.no_grad()
+    def normalize(
+        self,
+        tokens_NT: Tensor,
+        table: LayerTable,
+        start: int = 0,
+        model_scale: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalised tokens and, for ``l2``, the norms that they were divided by.
 
         Args:
-            tokens_NT: Tokens of one model [N, T].
-            table: Their layers.
+            tokens_NT: Tokens of one model, all of them or the range that begins at ``start``.
+            table: The layers of the model.
+            start: Index of the first token.
+            model_scale: For ``l2``, the model's scale as ``scale_of`` gives it; needed where the tokens are not the
+                whole model.
+            out: float32 of the tokens' shape to write the result to, such as the tokens themselves; None takes new
+                memory.
 
         Returns:
-            The tokens, float32 in new memory; and for ``l2`` that model's scale, float32 [layers] (1 where a layer is
-            all zero), to be kept beside the tokens, otherwise None.
+            The tokens, float32; and for ``l2`` the model's scale, float32 [layers] (1 where a layer is all zero), to
+            be kept beside the tokens, otherwise None.
 
         Raises:
-            InputError: Tokens, table and normalisation do not fit.
+            InputError: Tokens, range, table, scale and normalisation do not fit.
         """
-        self._check(tokens_NT, table)
-        tokens_NT = tokens_NT.float()
-        model_scale = _model_scale(tokens_NT, table) if self.mode == "l2" else None
-        shift_N1, scale_N1 = self._columns(tokens_NT, table, model_scale)
-        return ((tokens_NT - shift_N1) / scale_N1).masked_fill_(_padding(tokens_NT, table), 0.0), model_scale
+        self._check(tokens_NT, table, start, model_scale)
+        if self.mode == "l2" and model_scale is None:
+            model_scale = _whole_model_scale(tokens_NT, table)
+        out = torch.empty_like(tokens_NT, dtype=torch.float32) if out is None else out
+        block = max(_BLOCK // table.token_size, 1)
+        for rows, layer, first, shift, scale in self._slices(tokens_NT, table, start, model_scale):
+            for values, result in zip(tokens_NT[rows].split(block), out[rows].split(block), strict=True):
+                torch.sub(values.float(), shift, out=result).div_(scale)
+            _clear_padding(out[rows], layer, first)
+        return out, model_scale
 
-    def denormalize(self, tokens_NT: Tensor, table: LayerTable, model_scale: Tensor | None = None) -> Tensor:
+    def denormalize(
+        self, tokens_NT: Tensor, table: LayerTable, model_scale: Tensor | None = None, start: int = 0
+    ) -> Tensor:
         """The inverse of ``normalize`` up to float32 rounding, in float32, differentiable in the tokens.
 
         Args:
-            tokens_NT: Normalised tokens of one model [N, T], stored or decoded; what is in their padding becomes zero.
-            table: Their layers.
+            tokens_NT: Normalised tokens of one model, stored or decoded, all of them or the range that begins at
+                ``start``; what is in their padding becomes zero.
+            table: The layers of the model.
             model_scale: For ``l2``, the scale that ``normalize`` returned; without it the training models' mean norms.
+            start: Index of the first token.
 
         Raises:
-            InputError: Tokens, table, scale and normalisation do not fit, or a scale for a mode that has none.
+            InputError: Tokens, range, table, scale and normalisation do not fit, or a scale for a mode that has none.
         """
-        self._check(tokens_NT, table)
-        if model_scale is not None and (self.mode != "l2" or model_scale.shape != self.scale.shape):
-            raise InputError(
-                f"model_scale of shape {tuple(model_scale.shape)} with normalization {self.mode} of "
-                f"{len(self.scale)} layers: only l2 takes one, one value a layer"
-            )
-        tokens_NT = tokens_NT.float()
-        shift_N1, scale_N1 = self._columns(tokens_NT, table, model_scale)
-        return torch.addcmul(shift_N1, tokens_NT, scale_N1).masked_fill(_padding(tokens_NT, table), 0.0)
+        self._check(tokens_NT, table, start, model_scale)
+        parts = []
+        for rows, layer, first, shift, scale in self._slices(tokens_NT, table, start, model_scale):
+            part = tokens_NT[rows].float() * scale + shift
+            _clear_padding(part, layer, first)
+            parts.append(part)
+        return torch.cat(parts) if parts else tokens_NT.float()
 
-    def _columns(self, tokens_NT: Tensor, table: LayerTable, model_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Shift and scale of each token, two columns [N, 1]."""
-        scale = torch.from_numpy(self.scale) if model_scale is None else model_scale
-        layer_of_token = torch.from_numpy(table.layer_of_token).to(tokens_NT.device)
-        shift_N, scale_N = (
-            values.to(tokens_NT).index_select(0, layer_of_token) for values in (torch.from_numpy(self.shift), scale)
-        )
-        return shift_N[:, None], scale_N[:, None]
+    def _slices(
+        self, tokens_NT: Tensor, table: LayerTable, start: int, model_scale: Tensor | None
+    ) -> Iterator[tuple[slice, Layer, int, float, float]]:
+        """Of each layer in the range: its tokens, itself, the first of its own tokens, its shift and scale."""
+        shifts, scales = self.shift.tolist(), (self.scale if model_scale is None else model_scale).tolist()
+        for index, first, end in table.slices(start, start + len(tokens_NT)):
+            begin = int(table.layer_starts[index]) + first - start
+            yield slice(begin, begin + end - first), table.layers[index], first, shifts[index], scales[index]
 
-    def _check(self, tokens_NT: Tensor, table: LayerTable) -> None:
-        _check_tokens(tokens_NT, table)
+    def _check(self, tokens_NT: Tensor, table: LayerTable, start: int, model_scale: Tensor | None) -> None:
+        _check_tokens(tokens_NT, table, start)
         if len(self.scale) != len(table.layers):
             raise InputError(
                 f"normalization of {len(self.scale)} layers does not fit a table of {len(table.layers)}: "
                 "use the one fitted on the same architecture"
+            )
+        if model_scale is not None and (self.mode != "l2" or model_scale.shape != self.scale.shape):
+            raise InputError(
+                f"model_scale of shape {tuple(model_scale.shape)} with normalization {self.mode} of "
+                f"{len(self.scale)} layers: only l2 takes one, one value a layer"
             )
 
     def __eq__(self, other: object) -> bool:
@@ -240,32 +339,70 @@ def _shift_and_scale(statistics: LayerStatistics, mode: Mode) -> tuple[Array, Ar
     raise InputError(f"normalization is {mode!r}: it must be standardize, minmax, l2 or none")
 
 
-def _layer_statistics(values_NT: NDArray[np.float32], table: LayerTable, index: int) -> tuple[float, ...]:
-    """Mean, unbiased variance, norm, minimum and maximum of one layer of one model, in float64."""
-    layer, (start, stop) = table.layers[index], table.layer_starts[index : index + 2]
-    values = values_NT[start:stop].reshape(layer.channels, -1)[:, : layer.width].astype(np.float64).reshape(-1)
-    mean = values.mean()
-    deviations = values - mean
-    variance = deviations @ deviations / max(values.size - 1, 1)
-    return float(mean), float(variance), float(np.linalg.norm(values)), float(values.min()), float(values.max())
+def scale_of(moments_by_key: Mapping[str, Moments], table: LayerTable) -> Tensor:
+    """The norms that ``l2`` divides a model's layers by, from the moments of its tensors.
+
+    Returns:
+        float32 [layers]; 1 where a layer is all zero.
+
+    Raises:
+        InputError: A tensor is missing or of another size.
+    """
+    return _scale(_layer_moments(moments_by_key, table))
 
 
-def _model_scale(tokens_NT: Tensor, table: LayerTable) -> Tensor:
-    """Euclidean norm of each layer, float32 [layers]; 1 where it is zero."""
-    parts = tokens_NT.detach().double().square().sum(dim=1).split([layer.num_tokens for layer in table.layers])
-    norms = torch.stack([part.sum() for part in parts]).sqrt().float()
+def _whole_model_scale(tokens_NT: Tensor, table: LayerTable) -> Tensor:
+    if len(tokens_NT) != table.num_tokens:
+        raise InputError(
+            f"{len(tokens_NT)} of the {table.num_tokens} tokens of a model do not tell its norms: pass its model_scale"
+        )
+    return _scale([moments(values) for values in _layer_values(tokens_NT.detach(), table)]).to(tokens_NT.device)
+
+
+def _scale(layers: list[Moments]) -> Tensor:
+    norms = torch.tensor([layer.norm for layer in layers], dtype=torch.float64).float()
     return torch.where(norms > float(_FLOAT32.tiny), norms, 1.0)
 
 
-def _padding(tokens_NT: Tensor, table: LayerTable) -> Tensor:
-    """Where the padding is, bool [N, T]."""
-    counts_N = torch.from_numpy(table.signal_counts).to(tokens_NT.device)
-    return torch.arange(table.token_size, device=tokens_NT.device) >= counts_N[:, None]
+def _layer_values(tokens_NT: Tensor, table: LayerTable) -> Iterator[Tensor]:
+    """The values of each layer of a model without padding, [C, width]."""
+    for layer, part in zip(table.layers, tokens_NT.split([layer.num_tokens for layer in table.layers]), strict=True):
+        stride = layer.stride(table.token_size)
+        yield part.reshape(-1)[: layer.channels * stride].view(layer.channels, stride)[:, : layer.width]
 
 
-def _check_tokens(tokens_NT: Tensor, table: LayerTable) -> None:
-    if tuple(tokens_NT.shape) != (table.num_tokens, table.token_size):
+def _layer_moments(moments_by_key: Mapping[str, Moments], table: LayerTable) -> list[Moments]:
+    """Moments of each layer, its weight and bias together."""
+    found = []
+    for layer in table.layers:
+        of_layer = _moments_of(moments_by_key, layer.key, layer.channels * layer.fan_in)
+        if layer.bias_key is not None:
+            of_layer = merge(of_layer, _moments_of(moments_by_key, layer.bias_key, layer.channels))
+        found.append(of_layer)
+    return found
+
+
+def _moments_of(moments_by_key: Mapping[str, Moments], key: str, count: int) -> Moments:
+    found = moments_by_key.get(key, Moments())
+    if found.count != count:
+        raise InputError(f"{key} has moments of {found.count} values, but the layer table says {count}: read all of it")
+    return found
+
+
+def _clear_padding(tokens_nT: Tensor, layer: Layer, first: int) -> None:
+    """Sets to zero the padding of tokens of one layer, in place; ``first`` is the first of the layer's tokens."""
+    size = tokens_nT.shape[1]
+    period = layer.num_tokens if layer.dense else layer.tokens_per_channel
+    values = layer.channels * layer.width if layer.dense else layer.width
+    signal = values - (period - 1) * size  # in the last token of each period, the only one that has padding
+    if signal < size:
+        tokens_nT[(period - 1 - first) % period :: period, signal:] = 0.0
+
+
+def _check_tokens(tokens_NT: Tensor, table: LayerTable, start: int = 0) -> None:
+    fits = tokens_NT.dim() == 2 and tokens_NT.shape[1] == table.token_size
+    if not fits or not 0 <= start <= table.num_tokens - len(tokens_NT):
         raise InputError(
-            f"tokens have shape {tuple(tokens_NT.shape)}, but the architecture has {table.num_tokens} tokens of size "
-            f"{table.token_size}: use the layer table they were made with"
+            f"tokens have shape {tuple(tokens_NT.shape)} from token {start}, but the architecture has "
+            f"{table.num_tokens} tokens of size {table.token_size}: use the layer table they were made with"
         )
