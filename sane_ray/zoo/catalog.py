@@ -1,53 +1,473 @@
-"""What a zoo holds: one record a checkpoint, in an order that no file system can change.
+"""What a zoo holds: one record a checkpoint, in an order that no file system can change, and one Parquet of them all.
 
-Knows no format itself (``zoo/readers`` does), and never opens the weights.
+Knows no format of weights itself (``zoo/readers`` does), and never opens the weights.
+
+A catalog is plain Parquet, one row a checkpoint: ``id``, ``model``, ``epoch``, ``path``, ``reader``, ``member``,
+``license``, ``parents``, ``split``, a column ``property.<name>`` or ``config.<name>`` for all that is known, and
+whatever else its writer adds (``sha256``, ``status``, ``reason``). Any program may edit it; as a source it stands for
+the zoo. Paths in or below the catalog's own folder are relative to it, so that the two move together; others are
+absolute, so that the catalog may move while the zoo stays.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from sane_ray.errors import InputError
 from sane_ray.zoo.checkpoint import Checkpoint
-from sane_ray.zoo.readers import Record, tune
+from sane_ray.zoo.readers import Record, Value
+from sane_ray.zoo.tables import clean_text, plain_rows, read_table, text_column, value_column, value_columns
 
-__all__ = ["Record", "discover", "open_record"]
+__all__ = [
+    "SPLIT_NAMES",
+    "Record",
+    "discover",
+    "join_properties",
+    "open_record",
+    "read_catalog",
+    "reader_names",
+    "unclaimed",
+    "value_columns",
+    "write_catalog",
+]
 
-_READERS = (tune,)
+CATALOG = "catalog"
+"""Name of a catalog file among the readers."""
+
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""How zoos spell the three splits."""
+
+LEFT_OUT = "left out"
+"""``status`` of a row that is no longer part of the zoo that a catalog stands for."""
+
+_READERS = ("sane_preprocessed", "small_cnn_zoo", "cnn_wild_park", "tune", "huggingface", "files")
+"""Modules of ``zoo/readers``: the first that finds something reads the source, so the most particular come first."""
+
+_REQUIRED = ("id", "model", "path", "reader")
+_LOOKS_FOR = f"a catalog (Parquet with columns {', '.join(_REQUIRED)})"
 _REMEDY = "name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
+_LOG = logging.getLogger(__name__)
 
 
-def discover(source: str | Path) -> list[Record]:
+class _Reader(Protocol):
+    NAME: str
+    LOOKS_FOR: str
+
+    def discover(self, root: Path) -> list[Record]: ...
+
+    def open_checkpoint(self, record: Record) -> Checkpoint: ...
+
+
+@cache
+def _readers() -> dict[str, _Reader]:
+    """By name, in the order in which they look at a source."""
+    found: dict[str, Any] = {}
+    for name in _READERS:
+        if find_spec(f"sane_ray.zoo.readers.{name}") is not None:
+            module = importlib.import_module(f"sane_ray.zoo.readers.{name}")
+            found[module.NAME] = module
+    return found
+
+
+def reader_names() -> list[str]:
+    """What ``--reader`` may be, beside ``auto``."""
+    return [CATALOG, *_readers()]
+
+
+def discover(source: str | Path, reader: str = "auto") -> list[Record]:
     """Lists the checkpoints of a zoo, models in order of name and then epoch.
 
     Args:
-        source: folder of the zoo, in any format of ``zoo/readers``.
+        source: Folder, archive or file of the zoo, in any format of ``zoo/readers``, or a catalog of it.
+        reader: Name of the format; ``auto`` takes the first that finds something.
 
     Returns:
         At least one record; ids are unique.
 
     Raises:
-        InputError: no such folder, or none of its contents is a zoo: says what was looked for.
+        InputError: No such file or folder, no such reader, or nothing found: says what every reader looked for.
     """
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise InputError(
-            f"--source {root} {what}: name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
-        )
-    for reader in _READERS:
-        records = reader.discover(root)
+    root = Path(source).expanduser().absolute()
+    _check_source(root)
+    if reader not in ("auto", *reader_names()):
+        raise InputError(f"--reader is {reader!r}: choose auto, {', '.join(reader_names())}")
+    if reader == CATALOG or (reader == "auto" and _is_catalog(root)):
+        return _in_order(read_catalog(root))
+    chosen = _readers().values() if reader == "auto" else [_readers()[reader]]
+    for module in chosen:
+        records = module.discover(root)
         if records:
-            return sorted(records, key=lambda record: (record.model, record.epoch))
-    looked_for = "; ".join(reader.LOOKS_FOR for reader in _READERS)
-    raise InputError(f"--source {root} holds no checkpoints: looked for {looked_for}; {_REMEDY}")
+            return _in_order(_with_unique_ids(records, root))
+    looked_for = [module.LOOKS_FOR for module in chosen] + ([_LOOKS_FOR] if reader == "auto" else [])
+    remedy = _REMEDY if reader == "auto" else f"{_REMEDY}; or leave --reader at auto"
+    raise InputError(f"--source {root} holds no checkpoints: looked for {'; '.join(looked_for)}; {remedy}")
 
 
 def open_record(record: Record) -> Checkpoint:
     """Opens the weights of a record with the reader that found it.
 
     Raises:
-        InputError: They cannot be read without running code, or the file is damaged.
+        InputError: They cannot be read without running code, the file is damaged, or the record names no reader.
     """
-    reader = next(reader for reader in _READERS if record.reader == reader.NAME)
+    reader = _readers().get(record.reader)
+    if reader is None:
+        raise InputError(f"{record.path}: its reader is {record.reader!r}; put one of {', '.join(_readers())} there")
     return reader.open_checkpoint(record)
+
+
+def unclaimed(source: str | Path, records: Sequence[Record]) -> list[str]:
+    """Files of a source that look like weights, but that none of its records stands for.
+
+    Returns:
+        Their paths relative to the source, in order; empty for a source that is a file. Opens no file.
+    """
+    root = Path(source).expanduser().absolute()
+    files = _readers().get("files")
+    if files is None or not root.is_dir():
+        return []
+    claimed = {os.path.realpath(path) for path in {record.path for record in records}}
+    paths = {record.path: os.path.realpath(record.path) for record in files.discover(root)}
+    return sorted(os.path.relpath(path, root) for path, real in paths.items() if not _claimed(real, claimed))
+
+
+def _claimed(path: str, claimed: set[str]) -> bool:
+    """Whether a file, or a folder around it, is a record's."""
+    while path not in claimed:
+        path, shorter = os.path.dirname(path), path  # noqa: PTH120 - pathlib takes ten times as long
+        if path == shorter:
+            return False
+    return True
+
+
+def _check_source(root: Path) -> None:
+    try:
+        there = root.exists()
+    except OSError as error:
+        raise InputError(f"--source {root} cannot be looked at ({error}); check its permissions") from error
+    if not there:
+        raise InputError(f"--source {root} does not exist: {_REMEDY}")
+
+
+def _in_order(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: (record.model, record.epoch, record.id))
+
+
+def _with_unique_ids(records: Sequence[Record], root: Path) -> list[Record]:
+    """The same, where two have one id with the place of each behind it; ids and models without undecodable bytes."""
+    records = [_decodable(record) for record in records]
+    counts = Counter(record.id for record in records)
+    if len(counts) == len(records):
+        return records
+    renamed = [
+        record if counts[record.id] == 1 else replace(record, id=f"{record.id}#{clean_text(_place(record, root))}")
+        for record in records
+    ]
+    _check_unique(renamed, f"--source {root}")
+    return renamed
+
+
+def _decodable(record: Record) -> Record:
+    id_, model = clean_text(record.id), clean_text(record.model)
+    return record if (id_, model) == (record.id, record.model) else replace(record, id=id_, model=model)
+
+
+def _place(record: Record, root: Path) -> str:
+    path = os.path.relpath(record.path, root)
+    return f"{path}:{record.member}" if record.member else path
+
+
+def _check_unique(records: Sequence[Record], where: str) -> None:
+    name, count = Counter(record.id for record in records).most_common(1)[0]
+    if count > 1:
+        paths = [record.path for record in records if record.id == name]
+        raise InputError(
+            f"{where}: {count} checkpoints have the id {name!r} (for example {paths[0]} and {paths[1]}); "
+            "give each model its own name, and each of its checkpoints its own epoch"
+        )
+
+
+# ---------------------------------------------------------------- properties from a table
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A table of properties, by what its rows call their checkpoint."""
+
+    path: Path
+    base: Path
+    """What paths are relative to."""
+    keys: tuple[str, ...]
+    """The columns that say which checkpoint a row is about."""
+    by_name: dict[tuple[Any, ...], dict[str, Any]]
+
+
+def join_properties(records: Sequence[Record], path: str | Path, source: str | Path) -> list[Record]:
+    """Adds what a table knows of the checkpoints to their records.
+
+    A row is about the file that its column ``path`` names, relative to the source, or about all checkpoints in the
+    folder or archive of that name, but for those that have a row of their own; a file in an archive is
+    ``<archive>/<its name there>``. Without such a column, a row is about the checkpoint that ``id`` names, or about
+    those that ``model`` (and ``epoch``, if there is one) name. The columns ``model``, ``epoch``, ``license`` and
+    ``split`` set these fields of a record, ``config.<name>`` a setting, every other one a property; an empty cell
+    changes nothing that is known already. Dates become text, as in 2024-12-31.
+
+    Args:
+        records: The zoo's checkpoints.
+        path: CSV (perhaps compressed) or Parquet.
+        source: What the records were discovered in.
+
+    Returns:
+        The records, in order of their model and epoch; how many rows and records stayed without the other is logged.
+
+    Raises:
+        InputError: The table cannot be read, has two rows for one name, or names no checkpoint that is there.
+    """
+    source = Path(source).expanduser().absolute()
+    table = _rows(Path(path).expanduser(), source if source.is_dir() else source.parent)
+    used: set[tuple[Any, ...]] = set()
+    joined = []
+    for record in records:
+        name = next((name for name in _names(record, source, table) if name in table.by_name), None)
+        if name is not None:
+            used.add(name)
+            record = _set(record, table.by_name[name], table)
+        joined.append(record)
+    _report_joined(records, joined, used, table)
+    _check_unique(joined, str(table.path))
+    return _in_order(joined)
+
+
+def _rows(path: Path, base: Path) -> _Rows:
+    content = read_table(path)
+    names = set(content.column_names)
+    options = [("path",), ("id",), ("model", "epoch"), ("model",)]
+    keys = next((option for option in options if names.issuperset(option)), None)
+    if keys is None:
+        raise InputError(
+            f"{path}: has no column path, id or model, only {', '.join(content.column_names[:20])}; add a column path "
+            "with the place of each checkpoint relative to --source"
+        )
+    by_name: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, row in enumerate(plain_rows(content), start=1):
+        name = tuple(row.pop(key) for key in keys)
+        if None in name:
+            raise InputError(f"{path}: row {number} has no {keys[name.index(None)]}; fill it in, or remove the row")
+        if keys == ("path",):
+            name = (_relative(str(name[0]), base),)
+        if name in by_name:
+            raise InputError(f"{path}: has two rows for {' '.join(map(str, name))}; keep one of them")
+        by_name[name] = row
+    return _Rows(path, base, keys, by_name)
+
+
+def _names(record: Record, source: Path, table: _Rows) -> Iterator[tuple[Any, ...]]:
+    """What a row may call this checkpoint, the most particular first."""
+    if table.keys != ("path",):
+        yield tuple(getattr(record, key) for key in table.keys)
+        return
+    path = _relative(record.path, table.base)
+    if record.member:
+        if record.path == str(source):
+            yield (record.member,)
+        path = f"{path}/{record.member}"
+    while path:
+        yield (path,)
+        path = path.rpartition("/")[0]
+
+
+def _relative(path: str, base: Path) -> str:
+    return Path(os.path.relpath(base / path, base)).as_posix()
+
+
+def _set(record: Record, row: Mapping[str, Any], table: _Rows) -> Record:
+    """The record with what a row says of it."""
+    fields: dict[str, Any] = {}
+    properties, config = dict(record.properties), dict(record.config)
+    for name, value in row.items():
+        if name in ("model", "epoch", "license", "split"):
+            if value is not None:
+                fields[name] = _field(name, value, f"{table.path}: {record.id}")
+        elif name.startswith("config."):
+            _learn(config, name.removeprefix("config."), value)
+        else:
+            _learn(properties, name.removeprefix("property."), value)
+    if {"model", "epoch"} & fields.keys():
+        named = {"model": record.model, "epoch": record.epoch} | fields
+        if (named["model"], named["epoch"]) != (record.model, record.epoch):
+            fields["id"] = f"{named['model']}/{named['epoch']}"
+    return replace(record, properties=properties, config=config, **fields)
+
+
+def _learn(known: dict[str, Value], name: str, value: Value) -> None:
+    if value is not None:
+        known[name] = value
+    else:
+        known.setdefault(name, None)
+
+
+def _field(name: str, value: Any, where: str) -> Any:
+    if name == "epoch":
+        if type(value) not in (int, float) or not math.isfinite(value) or value != int(value) or value < 0:
+            raise InputError(f"{where}: its epoch is {value!r}; make it a whole number")
+        return int(value)
+    if name == "split":
+        if str(value).lower() not in SPLIT_NAMES:
+            raise InputError(f"{where}: its split is {value!r}; make it train, val or test, or leave it empty")
+        return SPLIT_NAMES[str(value).lower()]
+    return str(value)
+
+
+def _report_joined(
+    records: Sequence[Record], joined: Sequence[Record], used: set[tuple[Any, ...]], table: _Rows
+) -> None:
+    unused = [" ".join(map(str, name)) for name in table.by_name if name not in used]
+    without = [old for old, new in zip(records, joined, strict=True) if old is new]
+    if not used:
+        example = _relative(records[0].path, table.base) if table.keys == ("path",) else records[0].id
+        raise InputError(
+            f"{table.path}: none of its {len(unused):,} rows is about a checkpoint of the zoo: {table.keys[0]} is "
+            f"{unused[0] if unused else 'nothing'!r} where the first checkpoint is {example!r}"
+        )
+    if unused:
+        _LOG.warning("%s: %d rows match no checkpoint, for example %s", table.path, len(unused), unused[0])
+    if without:
+        _LOG.warning("%s: no row for %d checkpoints, for example %s", table.path, len(without), without[0].id)
+
+
+# ---------------------------------------------------------------- the catalog file
+
+
+def write_catalog(path: str | Path, records: Sequence[Record], columns: Mapping[str, Sequence[Any]]) -> None:
+    """Writes one Parquet of records; it is there whole or not at all.
+
+    Args:
+        path: The file; its folder is made.
+        records: One row each, in this order.
+        columns: What else is known of each, by name of the column; ``status`` is ``kept`` or ``left out``.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    path = Path(path).expanduser().absolute()
+    table: dict[str, pa.Array] = {
+        "id": text_column([record.id for record in records]),
+        "model": text_column([record.model for record in records]),
+        "epoch": pa.array([record.epoch for record in records], pa.int64()),
+        "path": text_column(_written_paths(records, path.parent)),
+        "reader": text_column([record.reader for record in records]),
+        "member": text_column([record.member for record in records]),
+        "license": text_column([record.license for record in records]),
+        "parents": pa.array(
+            [[clean_text(name) for name in record.parents] for record in records], pa.list_(pa.string())
+        ),
+        "split": text_column([record.split for record in records]),
+    }
+    table |= {name: value_column(list(values)) for name, values in columns.items()}
+    table |= value_columns("property", [record.properties for record in records])
+    table |= value_columns("config", [record.config for record in records])
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(table), partial, compression="zstd")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); free some space, or name another place") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_catalog(path: str | Path) -> list[Record]:
+    """Reads the records of a catalog, but for rows whose ``status`` is ``left out``.
+
+    Rows may have been removed, sorted and edited with any program, and columns but for ``id``, ``model``, ``path`` and
+    ``reader`` may be gone; an empty cell of a property means that the checkpoint lacks it.
+
+    Raises:
+        InputError: Not a catalog, ids that are not unique, or no row that is kept.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.is_file():
+        raise InputError(f"{path}: no such catalog; write one with `python jobs/prepare.py --audit`")
+    table = read_table(path)
+    missing = [name for name in _REQUIRED if name not in table.column_names]
+    if missing:
+        raise InputError(f"{path}: no catalog, since it has no column {', '.join(missing)}; looked for {_LOOKS_FOR}")
+    records = [_record(row, path) for row in _catalog_rows(table) if row.get("status") != LEFT_OUT]
+    if not records:
+        raise InputError(
+            f"{path}: none of its {len(table):,} rows is kept; change their status, or name another source"
+        )
+    _check_unique(records, str(path))
+    return records
+
+
+def _written_paths(records: Sequence[Record], folder: Path) -> list[str]:
+    inside = f"{folder}{os.sep}"
+    return [record.path.removeprefix(inside) for record in records]
+
+
+def _is_catalog(path: Path) -> bool:
+    if path.suffix != ".parquet" or not path.is_file():
+        return False
+    try:
+        return set(pq.read_schema(path).names).issuperset(_REQUIRED)
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def _catalog_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    parents = table["parents"].to_pylist() if "parents" in table.column_names else [None] * len(table)
+    if "parents" in table.column_names:
+        table = table.drop_columns("parents")
+    for row, names in zip(plain_rows(table), parents, strict=True):
+        yield row | {"parents": names}
+
+
+def _record(row: Mapping[str, Any], path: Path) -> Record:
+    for name in _REQUIRED:
+        if row[name] is None:
+            raise InputError(
+                f"{path}: the row of {row['id'] or row['path']} has no {name}; fill it in, or remove the row"
+            )
+    known: dict[str, dict[str, Value]] = defaultdict(dict)
+    for name, value in row.items():
+        kind, dot, key = name.partition(".")
+        if dot and kind in ("property", "config") and value is not None:
+            known[kind][key] = value
+    where, epoch, split = f"{path}: {row['id']}", row.get("epoch"), row.get("split")
+    return Record(
+        id=str(row["id"]),
+        model=str(row["model"]),
+        epoch=0 if epoch is None or _is_nan(epoch) else _field("epoch", epoch, where),
+        path=os.path.normpath(path.parent / str(row["path"])),
+        properties=known["property"],
+        config=known["config"],
+        reader=str(row["reader"]),
+        member=str(row.get("member") or ""),
+        license=None if row.get("license") is None else str(row["license"]),
+        parents=_parents(row["parents"]),
+        split=None if split is None else _field("split", split, where),
+    )
+
+
+def _parents(value: Any) -> tuple[str, ...]:
+    if not value:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(str(name) for name in value)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
