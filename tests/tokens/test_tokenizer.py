@@ -148,7 +148,7 @@ def test_batch_norm_is_recognised_by_structure_not_by_letters():
         "scale.running_var": "running_var",
         "plain.running_mean": "running_mean",
         "plain.running_var": "running_var",
-        "batchnorm.weight": "other",
+        "batchnorm.weight": "norm",
     }
     ignored = build_layer_table(state_dict, batch_norm="ignore")
     assert [layer.key for layer in ignored.layers] == ["bn.weight", "batchnorm.weight"]
@@ -165,43 +165,78 @@ def test_kept_batch_norm_is_three_layers_of_two_one_and_one_values_a_channel(par
     ]
 
 
-def test_everything_that_is_not_tokenized_is_listed_with_its_reason():
-    odd = {
-        "cls_token": torch.zeros(1, 1, 4),
-        "attention.in_proj_weight": torch.zeros(6, 2),
-        "weight_net.weight_g": torch.zeros(3),
-        "lonely.bias": torch.zeros(3),
-        "transposed.weight": torch.zeros(2, 5, 3, 3),
-        "transposed.bias": torch.zeros(5),
-        "half_norm.running_mean": torch.zeros(3),
-        "counter.num_batches_tracked": torch.tensor(3),
-        "quantised.weight": torch.zeros(3, 3, dtype=torch.int8),
-        "scalar.weight": torch.tensor(1.0),
-        "empty.weight": torch.zeros(0, 3),
-        "sparse.weight": torch.eye(3).to_sparse(),
-        "extra_state": {"version": 1},
-    }
-    state_dict = linear(**odd)
+ODD = {
+    "cls_token": torch.randn(1, 1, 4),
+    "attention.in_proj_weight": torch.randn(6, 2),
+    "weight_net.weight_g": torch.randn(3),
+    "lonely.bias": torch.randn(3),
+    "transposed.weight": torch.randn(2, 5, 3, 3),
+    "transposed.bias": torch.randn(5),
+    "half_norm.running_mean": torch.randn(3),
+    "scalar.weight": torch.tensor(1.5),
+    "temperature": torch.tensor(0.5),
+    "rotary.inv_freq": torch.randn(3),
+}
+UNUSABLE = {
+    "counter.num_batches_tracked": (torch.tensor(3), "torch.int64 is not floating point"),
+    "attention.mask": (torch.ones(2, 2, dtype=torch.bool), "torch.bool is not floating point"),
+    "attention.bias": (torch.ones(1, 1, 2, 2, dtype=torch.uint8), "torch.uint8 is not floating point"),
+    "fourier.weight": (torch.zeros(3, 3, dtype=torch.complex64), "torch.complex64 is not floating point"),
+    "empty.weight": (torch.zeros(0, 3), "holds no values"),
+    "sparse.weight": (torch.eye(3).to_sparse(), "torch.sparse_coo is not dense"),
+    "extra_state": ({"version": 1}, "not a tensor"),
+}
+
+
+def test_every_floating_point_tensor_becomes_tokens_in_the_order_of_the_state_dict():
+    state_dict = {**ODD, **linear()}
+    table = build_layer_table(state_dict, token_size=4)
+    assert [layer.key for layer in table.layers] == [*ODD, "a.weight"] and not table.untokenized
+    kinds = ["embedding", "attention", "other", "bias", "conv_transpose", "bias", "running_mean", "other", "other"]
+    assert [layer.kind for layer in table.layers] == [*kinds, "position", "linear"]
+    assert table.parameters == sum(value.numel() for value in state_dict.values())
+    restored = detokenize(tokenize(state_dict, table), table)
+    assert all(torch.equal(restored[key], value) for key, value in state_dict.items())
+    assert restored["scalar.weight"].shape == ()
+
+
+def test_what_cannot_become_tokens_is_listed_with_its_reason_and_returns_from_the_reference():
+    state_dict = linear(**{key: value for key, (value, _) in UNUSABLE.items()})
     table = build_layer_table(state_dict)
-    assert [layer.key for layer in table.layers] == ["a.weight", "transposed.weight"]
-    assert table.layers[1].bias_key is None
-    reasons = {entry.key: entry.reason for entry in table.untokenized}
-    assert reasons == {
-        "cls_token": "named cls_token, not weight, bias or running statistic",
-        "attention.in_proj_weight": "named in_proj_weight, not weight, bias or running statistic",
-        "weight_net.weight_g": "named weight_g, not weight, bias or running statistic",
-        "lonely.bias": "bias without a tokenised weight beside it",
-        "transposed.bias": "bias does not have one value for each channel of its weight (2, 5, 3, 3)",
-        "half_norm.running_mean": "running statistic without the other one of the same shape beside it",
-        "counter.num_batches_tracked": "torch.int64 is not floating point",
-        "quantised.weight": "torch.int8 is not floating point",
-        "scalar.weight": "a scalar has no channels",
-        "empty.weight": "holds no values",
-        "sparse.weight": "torch.sparse_coo is not dense",
-        "extra_state": "not a tensor",
-    }
+    assert [layer.key for layer in table.layers] == ["a.weight"]
+    assert {entry.key: entry.reason for entry in table.untokenized} == {key: why for key, (_, why) in UNUSABLE.items()}
     restored = detokenize(tokenize(state_dict, table), table, reference=state_dict)
+    assert list(restored) == list(state_dict)
     assert restored["extra_state"] == {"version": 1} and restored["counter.num_batches_tracked"] == 3
+
+
+def test_parameters_weights_takes_what_the_published_code_takes():
+    table = build_layer_table(linear(**ODD), parameters="weights")
+    taken = ["a.weight", "attention.in_proj_weight", "weight_net.weight_g", "transposed.weight"]
+    assert [layer.key for layer in table.layers] == [*taken, "half_norm.running_mean", "scalar.weight"]
+    assert {entry.key: entry.reason for entry in table.untokenized} == {
+        "cls_token": "named cls_token, and only weights, their biases and running statistics are taken",
+        "lonely.bias": "bias without a weight beside it that has a channel for each of its values",
+        "transposed.bias": "bias without a weight beside it that has a channel for each of its values",
+        "temperature": "named temperature, and only weights, their biases and running statistics are taken",
+        "rotary.inv_freq": "named inv_freq, and only weights, their biases and running statistics are taken",
+    }
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        {"b.weight": torch.zeros(3, 3, dtype=torch.int8)},
+        {"b.qweight": torch.zeros(3, 3, dtype=torch.int32)},
+        {"b.codes": torch.zeros(3, 3, dtype=torch.uint8), "b.scales": torch.ones(3)},
+        {"b.parametrizations.weight.original": torch.zeros(3, 3, dtype=torch.uint8)},
+        {"b.weight": torch.zeros(3, 3, dtype=torch.float4_e2m1fn_x2)},
+    ],
+)
+def test_a_quantised_weight_is_refused_by_name_and_not_left_out(quantised):
+    key, value = next(iter(quantised.items()))
+    with pytest.raises(InputError, match=f"{key} is {value.dtype}, a quantised weight: dequantise it first"):
+        build_layer_table({**linear(), **quantised, "norm.weight": torch.ones(3)})
 
 
 def test_a_weight_without_a_module_finds_its_bias():
