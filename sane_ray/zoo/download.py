@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from sane_ray.errors import InputError
-from sane_ray.zoo.archives import CHUNK, DamagedArchive, extract, stem
+from sane_ray.zoo.archives import DamagedArchive, extract, stem
 from sane_ray.zoo.public import PublicZoo, find, listing, where
 
 __all__ = ["ARCHIVE", "RemoteFile", "download", "fetch", "listing"]
@@ -39,6 +39,9 @@ PROVENANCE = ".download.json"
 
 TRIES = 5
 """Attempts in a row that may fail without a new byte before it is given up."""
+
+BLOCK = 1 << 14
+"""Bytes read at a time; what is not a whole block yet is lost when the connection is."""
 
 _LONGEST_PAUSE, _REDIRECTS, _TIMEOUT = 120.0, 5, (20, 60)
 _LOG = logging.getLogger(__name__)
@@ -322,7 +325,7 @@ def _save(response: requests.Response, part: Path, start: int, total: int | None
         mininterval=0.2 if sys.stderr.isatty() else 10,
     )
     with part.open("ab" if start else "wb") as out, bar:
-        for block in response.iter_content(CHUNK):
+        for block in response.iter_content(BLOCK):
             out.write(block)
             bar.update(len(block))
             if total is not None and bar.n > total:

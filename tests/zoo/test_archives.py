@@ -60,7 +60,7 @@ def pack_zip(path, members):
 def everything(root):
     """Every path under ``root`` with its content, links as their target."""
     return {
-        str(path.relative_to(root)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        str(path.relative_to(root)): str(path.readlink()) if path.is_symlink() else path.is_file() and path.read_bytes()
         for path in root.rglob("*")
     }
 
