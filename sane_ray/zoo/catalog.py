@@ -15,7 +15,8 @@ import importlib
 import logging
 import math
 import os
-from collections import Counter, defaultdict
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -56,6 +57,7 @@ LEFT_OUT = "left out"
 _READERS = ("sane_preprocessed", "small_cnn_zoo", "cnn_wild_park", "tune", "huggingface", "files")
 """Modules of ``zoo/readers``: the first that finds something reads the source, so the most particular come first."""
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _REQUIRED = ("id", "model", "path", "reader")
 _LOOKS_FOR = f"a catalog (Parquet with columns {', '.join(_REQUIRED)})"
 _REMEDY = "name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
@@ -139,12 +141,15 @@ def unclaimed(source: str | Path, records: Sequence[Record]) -> list[str]:
     if files is None or not root.is_dir():
         return []
     claimed = {os.path.realpath(path) for path in {record.path for record in records}}
+    indexed = {os.path.dirname(path) for path in claimed if path.endswith(".index.json")}  # noqa: PTH120
     paths = {record.path: os.path.realpath(record.path) for record in files.discover(root)}
-    return sorted(os.path.relpath(path, root) for path, real in paths.items() if not _claimed(real, claimed))
+    return sorted(os.path.relpath(path, root) for path, real in paths.items() if not _claimed(real, claimed, indexed))
 
 
-def _claimed(path: str, claimed: set[str]) -> bool:
-    """Whether a file, or a folder around it, is a record's."""
+def _claimed(path: str, claimed: set[str], indexed: set[str]) -> bool:
+    """Whether a file, or a folder around it, is a record's; or a shard of a model of an indexed folder."""
+    if _SHARD.search(path) and os.path.dirname(path) in indexed:  # noqa: PTH120
+        return True
     while path not in claimed:
         path, shorter = os.path.dirname(path), path  # noqa: PTH120 - pathlib takes ten times as long
         if path == shorter:
@@ -218,8 +223,8 @@ def join_properties(records: Sequence[Record], path: str | Path, source: str | P
     """Adds what a table knows of the checkpoints to their records.
 
     A row is about the file that its column ``path`` names, relative to the source, or about all checkpoints in the
-    folder or archive of that name, but for those that have a row of their own; a file in an archive is
-    ``<archive>/<its name there>``. Without such a column, a row is about the checkpoint that ``id`` names, or about
+    folder or archive of that name, but for those that have a row of their own; a file in an archive is its name there,
+    with or without ``<archive>/`` before it. Without such a column, a row is about the checkpoint that ``id`` names, or about
     those that ``model`` (and ``epoch``, if there is one) name. The columns ``model``, ``epoch``, ``license`` and
     ``split`` set these fields of a record, ``config.<name>`` a setting, every other one a property; an empty cell
     changes nothing that is known already. Dates become text, as in 2024-12-31.
@@ -240,7 +245,7 @@ def join_properties(records: Sequence[Record], path: str | Path, source: str | P
     used: set[tuple[Any, ...]] = set()
     joined = []
     for record in records:
-        name = next((name for name in _names(record, source, table) if name in table.by_name), None)
+        name = next((name for name in _names(record, table) if name in table.by_name), None)
         if name is not None:
             used.add(name)
             record = _set(record, table.by_name[name], table)
@@ -273,15 +278,14 @@ def _rows(path: Path, base: Path) -> _Rows:
     return _Rows(path, base, keys, by_name)
 
 
-def _names(record: Record, source: Path, table: _Rows) -> Iterator[tuple[Any, ...]]:
+def _names(record: Record, table: _Rows) -> Iterator[tuple[Any, ...]]:
     """What a row may call this checkpoint, the most particular first."""
     if table.keys != ("path",):
         yield tuple(getattr(record, key) for key in table.keys)
         return
     path = _relative(record.path, table.base)
     if record.member:
-        if record.path == str(source):
-            yield (record.member,)
+        yield (record.member,)
         path = f"{path}/{record.member}"
     while path:
         yield (path,)
@@ -295,27 +299,27 @@ def _relative(path: str, base: Path) -> str:
 def _set(record: Record, row: Mapping[str, Any], table: _Rows) -> Record:
     """The record with what a row says of it."""
     fields: dict[str, Any] = {}
-    properties, config = dict(record.properties), dict(record.config)
+    properties, config = dict[str, Value](), dict[str, Value]()
     for name, value in row.items():
         if name in ("model", "epoch", "license", "split"):
             if value is not None:
                 fields[name] = _field(name, value, f"{table.path}: {record.id}")
         elif name.startswith("config."):
-            _learn(config, name.removeprefix("config."), value)
+            config[name.removeprefix("config.")] = value
         else:
-            _learn(properties, name.removeprefix("property."), value)
+            properties[name.removeprefix("property.")] = value
     if {"model", "epoch"} & fields.keys():
         named = {"model": record.model, "epoch": record.epoch} | fields
         if (named["model"], named["epoch"]) != (record.model, record.epoch):
             fields["id"] = f"{named['model']}/{named['epoch']}"
-    return replace(record, properties=properties, config=config, **fields)
+    fields["properties"] = _learnt(record.properties, properties)
+    fields["config"] = _learnt(record.config, config) if config else record.config  # many records may share one
+    return replace(record, **fields)
 
 
-def _learn(known: dict[str, Value], name: str, value: Value) -> None:
-    if value is not None:
-        known[name] = value
-    else:
-        known.setdefault(name, None)
+def _learnt(known: dict[str, Value], new: dict[str, Value]) -> dict[str, Value]:
+    """What was known, and what is new; nothing new replaces nothing."""
+    return known | {name: value for name, value in new.items() if value is not None or name not in known}
 
 
 def _field(name: str, value: Any, where: str) -> Any:
@@ -405,7 +409,8 @@ def read_catalog(path: str | Path) -> list[Record]:
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise InputError(f"{path}: no catalog, since it has no column {', '.join(missing)}; looked for {_LOOKS_FOR}")
-    records = [_record(row, path) for row in _catalog_rows(table) if row.get("status") != LEFT_OUT]
+    configs: dict[tuple[Any, ...], dict[str, Value]] = {}
+    records = [_record(row, path, configs) for row in _catalog_rows(table) if row.get("status") != LEFT_OUT]
     if not records:
         raise InputError(
             f"{path}: none of its {len(table):,} rows is kept; change their status, or name another source"
@@ -436,25 +441,26 @@ def _catalog_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
         yield row | {"parents": names}
 
 
-def _record(row: Mapping[str, Any], path: Path) -> Record:
+def _record(row: Mapping[str, Any], path: Path, configs: dict[tuple[Any, ...], dict[str, Value]]) -> Record:
+    """One row; equal settings become one dictionary."""
     for name in _REQUIRED:
         if row[name] is None:
             raise InputError(
                 f"{path}: the row of {row['id'] or row['path']} has no {name}; fill it in, or remove the row"
             )
-    known: dict[str, dict[str, Value]] = defaultdict(dict)
+    properties, config = dict[str, Value](), dict[str, Value]()
     for name, value in row.items():
         kind, dot, key = name.partition(".")
         if dot and kind in ("property", "config") and value is not None:
-            known[kind][key] = value
+            (properties if kind == "property" else config)[key] = value
     where, epoch, split = f"{path}: {row['id']}", row.get("epoch"), row.get("split")
     return Record(
         id=str(row["id"]),
         model=str(row["model"]),
         epoch=0 if epoch is None or _is_nan(epoch) else _field("epoch", epoch, where),
         path=os.path.normpath(path.parent / str(row["path"])),
-        properties=known["property"],
-        config=known["config"],
+        properties=properties,
+        config=configs.setdefault(tuple(config.items()), config),
         reader=str(row["reader"]),
         member=str(row.get("member") or ""),
         license=None if row.get("license") is None else str(row["license"]),
