@@ -199,14 +199,11 @@ def _records(root: Path, folder: Path) -> Iterator[Record]:
     steps = metrics["step"].to_pylist()
     splits = _splits(folder, metrics, np.asarray(steps))
     configs, config_of_row = _configs(metrics)
-    taken: set[tuple[str, int]] = set()
     rows = zip(_models(metrics, steps), steps, _properties(metrics), config_of_row.tolist(), strict=True)
     for row, (name, step, properties, config) in enumerate(rows):
         model = prefix + name
-        first = (model, step) not in taken
-        taken.add((model, step))
         yield Record(
-            id=f"{model}/{step}" if first else f"{model}/{step}/row_{row}",
+            id=f"{model}/{step}",
             model=model,
             epoch=step,
             path=path,

@@ -167,14 +167,6 @@ def test_without_modeldir_a_run_ends_where_the_step_falls_back(tmp_path: Path):
     ]
 
 
-def test_a_row_that_repeats_model_and_step_keeps_an_id_of_its_own(tmp_path: Path):
-    write_zoo(tmp_path)
-    write_metrics(tmp_path, [row | {"modeldir": "same", "step": 3} for row in metrics(4)])
-    records = small_cnn_zoo.discover(tmp_path)
-    assert [record.id for record in records[:2]] == ["same/3", "same/3/row_1"]
-    assert len({record.id for record in records}) == 12
-
-
 @pytest.mark.parametrize("place", ["cifar10/cifar10_split.csv", "cifar10/nfn_split.csv", "cifar10_split.csv"])
 def test_the_published_benchmark_split(tmp_path: Path, place: str):
     runs = 41
