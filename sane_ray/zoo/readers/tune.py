@@ -69,9 +69,7 @@ def discover(root: Path) -> list[Record]:
     weights that cannot be read are logged; their models have no properties or no config.
     """
     found = sorted(_model_folders(root)) if root.is_dir() else []
-    if not any(
-        os.path.isfile(f"{folder}/{names[0]}/{_WEIGHTS}") for folder, epochs in found for names in epochs.values()
-    ):
+    if not any(Path(folder, name, _WEIGHTS).is_file() for folder, epochs in found for name in chain(*epochs.values())):
         return []
     licenses: dict[str, str | None] = {}
     records = [record for folder, epochs in found for record in _records(root, folder, epochs, licenses)]
