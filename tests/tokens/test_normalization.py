@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from sane_ray.errors import InputError
-from sane_ray.tokens.normalization import LayerStatistics, Normalization, fit
+from sane_ray.tokens.normalization import LayerStatistics, Moments, Normalization, fit, merge, moments, scale_of
 from sane_ray.tokens.tokenizer import build_layer_table, tokenize
 
+LAYOUTS = ("sparse", "dense", "mixed")
 MODES = ("standardize", "minmax", "l2", "none")
 
 
@@ -143,6 +144,107 @@ def test_layers_without_spread_stay_finite_and_invertible(mode, constant):
         assert other[:3].abs().max() <= 1.01
 
 
+def of_tensors(state_dict):
+    """The moments of each tensor, read in two slices."""
+    found = {}
+    for key, value in state_dict.items():
+        flat = value.reshape(-1)
+        found[key] = merge(moments(flat[: len(flat) // 2]), moments(flat[len(flat) // 2 :]))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("count", [1, 2, 1000, 131_072, 400_001])
+def test_moments_are_those_of_the_values_in_float64(dtype, count):
+    torch.manual_seed(count)
+    values = (torch.randn(count, dtype=torch.float64) + 3).to(dtype)
+    before, exact = values.clone(), values.double()
+    found = moments(values)
+    assert found.count == count
+    assert found.mean == pytest.approx(exact.mean().item(), rel=1e-13)
+    assert found.m2 == pytest.approx((exact - exact.mean()).square().sum().item(), rel=1e-12)
+    assert found.variance == pytest.approx(exact.var().item() if count > 1 else 0.0, rel=1e-12)
+    assert found.norm == pytest.approx(exact.norm().item(), rel=1e-13)
+    assert (found.low, found.high) == (exact.min().item(), exact.max().item())
+    assert torch.equal(values.double(), before.double())  # read, not written
+    cut = count // 3
+    merged = merge(moments(values[:cut]), moments(values[cut:]))
+    for name in ("count", "mean", "m2", "low", "high"):
+        assert getattr(merged, name) == pytest.approx(getattr(found, name), rel=1e-12)
+
+
+def test_moments_of_a_large_offset_lose_no_digits():
+    values = torch.tensor([1e8 + 1, 1e8 + 2, 1e8 + 3, 1e8 + 4], dtype=torch.float64).repeat(100_000)
+    assert moments(values).variance == pytest.approx(1.25 * 400_000 / 399_999, rel=1e-9)
+
+
+def test_moments_of_nothing_are_neutral():
+    some = moments(torch.randn(2, 3))
+    assert merge(Moments(), some) == merge(some, moments(torch.empty(0))) == some
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 5, 299_999])
+def test_one_value_that_is_not_finite_shows_in_the_moments(bad, place):
+    values = torch.randn(300_000)
+    values[place] = bad
+    for found in (moments(values), merge(moments(values[:1000]), moments(values[1000:]))):
+        assert not np.isfinite([found.low, found.high]).all() and not np.isfinite(found.mean)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_from_moments_of_tensors_are_those_of_tokens(layout):
+    table = build_layer_table(STATE_DICTS[0], token_size=8, layout=layout)
+    of_tokens, added = LayerStatistics(), LayerStatistics()
+    for state_dict in STATE_DICTS:
+        of_tokens.update(tokenize(state_dict, table), table)
+        added.add({**of_tensors(state_dict), "unknown": Moments()}, table)
+    for name, value in of_tokens.to_dict().items():
+        assert added.to_dict()[name] == pytest.approx(value, rel=1e-12, abs=1e-300)
+    assert of_tokens.to_dict()["mean"] == pytest.approx(seen().to_dict()["mean"], rel=1e-12)  # whatever the layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_ranges_are_normalised_like_the_whole_model_in_place_or_not(mode, layout):
+    table = build_layer_table(STATE_DICTS[0], token_size=8, layout=layout)
+    tokens = tokenize(STATE_DICTS[1], table)
+    normalization = fit(LayerStatistics().update(tokens, table), mode)
+    whole, scale = normalization.normalize(tokens, table)
+    for start, stop in itertools.combinations(range(0, table.num_tokens + 1, 3), 2):
+        used = tokens[start:stop].clone()
+        part, same = normalization.normalize(used, table, start, scale, out=used)
+        assert part is used and same is scale and torch.equal(part, whole[start:stop])
+        restored = normalization.denormalize(part, table, scale, start)
+        assert torch.equal(restored, normalization.denormalize(whole, table, scale)[start:stop])
+        padding = torch.arange(8) >= torch.from_numpy(table.signal_of(start, stop))[:, None]
+        noisy = normalization.denormalize(torch.randn_like(part), table, scale, start)
+        for result in (part, restored, noisy):
+            assert not result[padding].view(torch.int32).any()  # not even a negative zero
+    empty = torch.empty(0, 8)
+    assert normalization.normalize(empty, table, 2, scale)[0].shape == (0, 8)
+    assert normalization.denormalize(empty, table, scale, 2).shape == (0, 8)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_l2_scale_of_a_model_is_known_without_its_tokens(layout):
+    state_dict = {**STATE_DICTS[2], "zero.weight": torch.zeros(3, 3)}
+    table = build_layer_table(state_dict, token_size=8, layout=layout)
+    tokens = tokenize(state_dict, table)
+    normalization = fit(LayerStatistics().update(tokens, table), "l2")
+    scale = scale_of(of_tensors(state_dict), table)
+    assert scale.dtype == torch.float32 and scale[-1] == 1
+    assert torch.allclose(scale, normalization.normalize(tokens, table)[1], rtol=1e-6)
+
+
+def test_decoded_tokens_carry_gradients_through_denormalize_but_not_their_padding():
+    normalization = fit(seen(), "standardize")
+    tokens = torch.randn(TABLE.num_tokens, 8, requires_grad=True)
+    normalization.denormalize(tokens, TABLE).sum().backward()
+    expected = torch.from_numpy(normalization.scale[TABLE.layer_of_token]).float()[:, None].expand(-1, 8)
+    assert torch.allclose(tokens.grad, expected.masked_fill(PADDING, 0.0))
+
+
 def test_merged_statistics_equal_one_pass_in_any_order():
     once = seen().to_dict()
     for order in itertools.permutations(range(4)):
@@ -181,6 +283,18 @@ def test_what_does_not_fit_is_refused():
         normalization.denormalize(torch.zeros(2, 3), TABLE)
     with pytest.raises(InputError, match="tokens of size 8"):
         LayerStatistics().update(torch.zeros(2, 3), TABLE)
+    with pytest.raises(InputError, match=r"from token 1, but the architecture has 49 tokens"):
+        normalization.normalize(TOKENS[0], TABLE, 1)
+    with pytest.raises(InputError, match="from token -1"):
+        normalization.denormalize(TOKENS[0][:3], TABLE, start=-1)
+    with pytest.raises(InputError, match="statistics need all 49 tokens of a model, not 3"):
+        LayerStatistics().update(TOKENS[0][:3], TABLE)
+    with pytest.raises(InputError, match="3 of the 49 tokens of a model do not tell its norms: pass its model_scale"):
+        fit(seen(), "l2").normalize(TOKENS[0][:3], TABLE)
+    with pytest.raises(InputError, match=r"0.weight has moments of 44 values, but the layer table says 45"):
+        LayerStatistics().add({"0.weight": moments(torch.zeros(44))}, TABLE)
+    with pytest.raises(InputError, match=r"0.weight has moments of 0 values"):
+        scale_of({}, TABLE)
     with pytest.raises(InputError, match="only l2"):
         normalization.denormalize(TOKENS[0], TABLE, torch.ones(6))
     with pytest.raises(InputError, match="only l2"):
