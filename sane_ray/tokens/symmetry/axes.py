@@ -255,7 +255,7 @@ def _gather_layer(
     out: Indices, layer: Layer, low: int, token_size: int, symmetry: Symmetry, permutations: Mapping[str, Indices]
 ) -> None:
     """Fills in the sources of the values from ``low`` on, all counted from the start of the layer's rows."""
-    stride = layer.tokens_per_channel * token_size
+    stride = layer.stride(token_size)
     row, skipped = divmod(low, stride)
     rows = slice(row, min(-(-(low + len(out)) // stride), layer.channels))
     symmetry._check_tensor(layer.key, layer.shape)

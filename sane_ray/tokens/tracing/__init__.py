@@ -1,0 +1,290 @@
+"""Finds the permutation symmetry of any module by tracing it, and proves it before it is returned.
+
+``torch.export`` writes the module down as a graph of operations; a rule for each operation says which axes it ties
+together (``rules``), and union-find over axes says what may move (``space``). What comes out is tried on the module:
+permutations that change its outputs are dropped. The module itself is never changed. This module needs torch alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from sane_ray.errors import InputError
+from sane_ray.tokens.symmetry import Axis, Indices, Symmetry, permute
+from sane_ray.tokens.tracing.rules import NoRule, Value, rule_for
+from sane_ray.tokens.tracing.space import Dim, Space, fixed
+
+TOLERANCE = 1e-5
+"""Largest change of an output, relative to the largest output, that counts as the same function in float64."""
+
+
+def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Symmetry:
+    """The permutations of a module's inner units that leave its function in eval mode as it is.
+
+    Inputs and outputs of the module stay in place. Attention heads move as blocks where the module cuts them out by a
+    view or split of a projection, and so do groups of channels. Operations that are not known hold what they touch in
+    place. In the end random permutations are applied and the outputs compared in float64 (relative 1e-5); permutations
+    that do not pass are dropped.
+
+    Args:
+        module: Any module that ``torch.export`` can trace. A small model of the same kind has the same axes, but
+            other sizes: the symmetry fits the sizes of the module that was traced.
+        example_inputs: Its positional arguments, or the one tensor that it takes. A batch of 2 or more tells more.
+
+    Returns:
+        A symmetry over the keys of ``module.state_dict()``.
+
+    Raises:
+        InputError: The module does not run on the inputs in float64, or cannot be traced.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    double, inputs = _in_double(module, inputs)
+    found = _symmetry_of_graph(_exported(double, inputs), _aliases(module))
+    return _verified(double, inputs, found)
+
+
+def _in_double(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A copy of the module in eval mode, and the inputs, in float64 on the CPU."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().cpu().double() if value.is_floating_point() else value.detach().cpu()
+
+    return copy.deepcopy(module).cpu().double().eval(), pytree.tree_map(convert, inputs)
+
+
+def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation would hide the heads
+    try:
+        with torch.no_grad():
+            module(*inputs)
+        return torch.export.export(module, inputs, strict=False)
+    except Exception as error:  # whatever the module's own code raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{type(module).__name__} cannot be traced in float64 with these example inputs: {reason}; write its "
+            "symmetry by hand, or trace a version without control flow that depends on data"
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+
+
+def _aliases(module: nn.Module) -> list[list[str]]:
+    """Keys of the state dict, those of one tensor together."""
+    names: dict[int, list[str]] = {}
+    for key, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            names.setdefault(id(value), []).append(key)
+    return list(names.values())
+
+
+def _symmetry_of_graph(program: torch.export.ExportedProgram, aliases: list[list[str]]) -> Symmetry:
+    space = Space()
+    parameters = _walk(program, space, {key: keys[0] for keys in aliases for key in keys})
+    space.settle(dim for dims in parameters.values() for dim in dims)
+    names: dict[int, str] = {}
+    sizes: dict[str, int] = {}
+    axes: dict[str, tuple[Axis, ...]] = {}
+    for keys in aliases:
+        dims = parameters.get(keys[0], [])
+        found = tuple(_axis(space, dim, f"{keys[0]}:{place}", names, sizes) for place, dim in enumerate(dims))
+        if any(axis is not None for axis in found):
+            axes.update(dict.fromkeys(keys, found))
+    return Symmetry(axes, sizes)
+
+
+def _axis(space: Space, dim: Dim, place: str, names: dict[int, str], sizes: dict[str, int]) -> Axis:
+    """An axis in names; an atom is named after the first module whose channels it is."""
+    _, segments = space.blocks(dim)
+    if all(segment < 0 for segment in segments):
+        return None
+    for atom in segments:
+        if atom >= 0 and atom not in names:
+            name = re.sub(r"(\.weight)?:0$", "", place)
+            number = sum(known == name or known.startswith(f"{name}#") for known in sizes)
+            names[atom] = f"{name}#{number + 1}" if number else name
+            sizes[names[atom]] = space.atom_size(atom)
+    named = tuple(names[segment] if segment >= 0 else -segment for segment in segments)
+    return named[0] if len(named) == 1 and isinstance(named[0], str) else named
+
+
+def _walk(program: torch.export.ExportedProgram, space: Space, canonical: Mapping[str, str]) -> dict[str, list[Dim]]:
+    """Goes through the graph once, tying axes; returns those of the parameters that the graph uses."""
+    placeholders = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    parameters: dict[str, list[Dim]] = {}
+    known: dict[torch.fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        shapes = _shapes(node)
+        if node.op == "placeholder":
+            spec = placeholders.get(node.name)
+            stored = spec is not None and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+            key = canonical.get(str(spec.target)) if spec is not None and stored else None
+            if key is not None and node.users:
+                parameters.setdefault(key, [space.fresh(size) for size in shapes[0]])
+                known[node] = Value(parameters[key])
+            else:
+                known[node] = Value([fixed(size) for size in shapes[0]])
+        elif node.op == "output":
+            _pin(space, _arguments(node.args, known))
+        elif node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
+            known[node] = _output(known, node)
+        else:
+            known[node] = _apply(space, node, known, shapes)
+    return parameters
+
+
+def _apply(space: Space, node: torch.fx.Node, known: Mapping[torch.fx.Node, Any], shapes: list[tuple[int, ...]]) -> Any:
+    """The outputs of an operation, after its rule has tied what it ties; without a rule it pins what it touches."""
+    args, kwargs = _arguments(node.args, known), _arguments(node.kwargs, known)
+    several = isinstance(node.meta.get("val"), list | tuple)
+    wanted = shapes[: _outputs_read(node)] if several else shapes
+    try:
+        values = _follow_rule(space, node, args, kwargs, wanted)
+        if [tuple(map(space.size, value.dims)) for value in values[: len(wanted)]] != wanted:
+            raise NoRule
+    except (NoRule, LookupError, TypeError, ValueError, AttributeError):  # also a use that the rule does not foresee
+        _pin(space, [args, kwargs])
+        values = [Value([fixed(size) for size in shape]) for shape in shapes]
+    return values if several else values[0]
+
+
+def _output(known: Mapping[torch.fx.Node, Any], node: torch.fx.Node) -> Value | None:
+    """The output that a getitem reads, or None if nobody reads it in turn."""
+    source, place = node.args
+    values = known[source]  # type: ignore[index]
+    return values[place] if place < len(values) else None  # type: ignore[operator]
+
+
+def _follow_rule(
+    space: Space, node: torch.fx.Node, args: list[Any], kwargs: dict[str, Any], shapes: list[tuple[int, ...]]
+) -> list[Value]:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise NoRule
+    schema = node.target._schema
+    name = schema.name.partition("::")[2]
+    in_place = name.endswith("_") and not name.endswith("__")
+    rule = rule_for(name.removesuffix("_") if in_place else name, torch.Tag.pointwise in node.target.tags)
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    defaults = {each.name: each.default_value if each.has_default_value() else None for each in schema.arguments}
+    values = rule(space, defaults | given, shapes)
+    if in_place:
+        args[0].uniform = False
+    return values
+
+
+def _outputs_read(node: torch.fx.Node) -> int:
+    """How many outputs there are up to the last one that is read: what nobody reads shall tie nothing."""
+    used = [0]
+    for user in node.users:
+        if getattr(user.target, "__name__", "") != "getitem":
+            return len(node.meta["val"])
+        if user.users:
+            used.append(int(user.args[1]))  # type: ignore[arg-type]
+    return max(used) + 1
+
+
+def _arguments(value: Any, known: Mapping[torch.fx.Node, Any]) -> Any:
+    """Arguments of a node with the axes of tensors in place of nodes."""
+    if isinstance(value, torch.fx.Node):
+        return known.get(value)
+    if isinstance(value, list | tuple):
+        return [_arguments(entry, known) for entry in value]
+    if isinstance(value, dict):
+        return {key: _arguments(entry, known) for key, entry in value.items()}
+    return value
+
+
+def _shapes(node: torch.fx.Node) -> list[tuple[int, ...]]:
+    """Shapes of a node's outputs."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return [tuple(map(int, each.shape)) if isinstance(each, Tensor) else () for each in values]
+
+
+def _pin(space: Space, value: Any) -> None:
+    """Fixes all tensors among arguments."""
+    if isinstance(value, Value):
+        for dim in value.dims:
+            space.pin(dim)
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            _pin(space, each)
+
+
+def _verified(module: nn.Module, inputs: tuple[Any, ...], symmetry: Symmetry) -> Symmetry:
+    """The permutations that leave the outputs as they are; ``module`` is a copy that may be changed."""
+    rng = np.random.default_rng(0)
+    _make_channels_differ(module, inputs, rng)
+    weights = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    expected = _outputs(module, inputs)
+
+    def keeps_function(names: Iterable[str]) -> bool:
+        chosen = set(names)
+        permutations: dict[str, Indices] = {
+            name: rng.permutation(size) if name in chosen else np.arange(size) for name, size in symmetry.sizes.items()
+        }
+        module.load_state_dict(permute(weights, symmetry, permutations), strict=False)
+        return all(map(_equal, expected, _outputs(module, inputs)))
+
+    names = list(symmetry.sizes)
+    if not names or all(keeps_function(names) for _ in range(2)):
+        return symmetry
+    names = [name for name in names if keeps_function([name]) and keeps_function([name])]
+    if names and all(keeps_function(names) for _ in range(2)):
+        return _without(symmetry, symmetry.sizes.keys() - set(names))
+    return Symmetry({}, {})
+
+
+def _without(symmetry: Symmetry, dropped: Iterable[str]) -> Symmetry:
+    """The symmetry with some permutations held in place."""
+    gone = set(dropped)
+
+    def hold(axis: Axis) -> Axis:
+        if isinstance(axis, tuple):
+            held = tuple(symmetry.sizes[part] if part in gone else part for part in axis)
+            return held if any(isinstance(part, str) for part in held) else None
+        return None if axis in gone else axis
+
+    axes = {key: tuple(map(hold, names)) for key, names in symmetry.axes.items()}
+    kept = {name: size for name, size in symmetry.sizes.items() if name not in gone}
+    return Symmetry({key: names for key, names in axes.items() if any(name is not None for name in names)}, kept)
+
+
+@torch.no_grad()
+def _make_channels_differ(module: nn.Module, inputs: tuple[Any, ...], rng: np.random.Generator) -> None:
+    """Fresh batch norms and scales are alike in all channels, and a wrong permutation of them would not be seen."""
+    before = copy.deepcopy(module.state_dict())
+    for value in module.state_dict(keep_vars=True).values():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < 2:
+            continue
+        first = value.flatten()[0]
+        if bool((value == first).all()):
+            noise = rng.normal(0, 0.3, value.shape) if first == 0 else rng.uniform(0.5, 1.5, value.shape)
+            value.copy_(torch.from_numpy(noise))
+    if not all(bool(output.isfinite().all()) for output in _outputs(module, inputs)):
+        module.load_state_dict(before)
+
+
+@torch.no_grad()
+def _outputs(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [each.clone() for each in pytree.tree_leaves(module(*inputs)) if isinstance(each, Tensor)]
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    if not first.is_floating_point() or not first.numel():
+        return torch.equal(first, second)
+    change = (first - second).nan_to_num().abs().max()
+    same_holes = torch.equal(first.isnan(), second.isnan())
+    return same_holes and bool(change <= TOLERANCE * first.nan_to_num().abs().max())
