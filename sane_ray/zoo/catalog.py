@@ -11,7 +11,6 @@ absolute, so that the catalog may move while the zoo stays.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import os
@@ -19,8 +18,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +26,16 @@ import pyarrow.parquet as pq
 
 from sane_ray.errors import InputError
 from sane_ray.zoo.checkpoint import Checkpoint
-from sane_ray.zoo.readers import Record, Value
+from sane_ray.zoo.readers import (
+    Record,
+    Value,
+    cnn_wild_park,
+    files,
+    huggingface,
+    sane_preprocessed,
+    small_cnn_zoo,
+    tune,
+)
 from sane_ray.zoo.tables import clean_text, plain_rows, read_table, text_column, value_column, value_columns
 
 __all__ = [
@@ -45,24 +51,6 @@ __all__ = [
     "write_catalog",
 ]
 
-CATALOG = "catalog"
-"""Name of a catalog file among the readers."""
-
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""How zoos spell the three splits."""
-
-LEFT_OUT = "left out"
-"""``status`` of a row that is no longer part of the zoo that a catalog stands for."""
-
-_READERS = ("sane_preprocessed", "small_cnn_zoo", "cnn_wild_park", "tune", "huggingface", "files")
-"""Modules of ``zoo/readers``: the first that finds something reads the source, so the most particular come first."""
-
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-_REQUIRED = ("id", "model", "path", "reader")
-_LOOKS_FOR = f"a catalog (Parquet with columns {', '.join(_REQUIRED)})"
-_REMEDY = "name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
-_LOG = logging.getLogger(__name__)
-
 
 class _Reader(Protocol):
     NAME: str
@@ -73,20 +61,30 @@ class _Reader(Protocol):
     def open_checkpoint(self, record: Record) -> Checkpoint: ...
 
 
-@cache
-def _readers() -> dict[str, _Reader]:
-    """By name, in the order in which they look at a source."""
-    found: dict[str, Any] = {}
-    for name in _READERS:
-        if find_spec(f"sane_ray.zoo.readers.{name}") is not None:
-            module = importlib.import_module(f"sane_ray.zoo.readers.{name}")
-            found[module.NAME] = module
-    return found
+CATALOG = "catalog"
+"""Name of a catalog file among the readers."""
+
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""How zoos spell the three splits."""
+
+LEFT_OUT = "left out"
+"""``status`` of a row that is no longer part of the zoo that a catalog stands for."""
+
+_READERS: dict[str, _Reader] = {
+    module.NAME: module for module in (sane_preprocessed, small_cnn_zoo, cnn_wild_park, tune, huggingface, files)
+}
+"""The first that finds something reads the source, so the most particular come first."""
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_REQUIRED = ("id", "model", "path", "reader")
+_LOOKS_FOR = f"a catalog (Parquet with columns {', '.join(_REQUIRED)})"
+_REMEDY = "name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
+_LOG = logging.getLogger(__name__)
 
 
 def reader_names() -> list[str]:
     """What ``--reader`` may be, beside ``auto``."""
-    return [CATALOG, *_readers()]
+    return [CATALOG, *_READERS]
 
 
 def discover(source: str | Path, reader: str = "auto") -> list[Record]:
@@ -108,7 +106,7 @@ def discover(source: str | Path, reader: str = "auto") -> list[Record]:
         raise InputError(f"--reader is {reader!r}: choose auto, {', '.join(reader_names())}")
     if reader == CATALOG or (reader == "auto" and _is_catalog(root)):
         return _in_order(read_catalog(root))
-    chosen = _readers().values() if reader == "auto" else [_readers()[reader]]
+    chosen = _READERS.values() if reader == "auto" else [_READERS[reader]]
     for module in chosen:
         records = module.discover(root)
         if records:
@@ -124,9 +122,9 @@ def open_record(record: Record) -> Checkpoint:
     Raises:
         InputError: They cannot be read without running code, the file is damaged, or the record names no reader.
     """
-    reader = _readers().get(record.reader)
+    reader = _READERS.get(record.reader)
     if reader is None:
-        raise InputError(f"{record.path}: its reader is {record.reader!r}; put one of {', '.join(_readers())} there")
+        raise InputError(f"{record.path}: its reader is {record.reader!r}; put one of {', '.join(_READERS)} there")
     return reader.open_checkpoint(record)
 
 
@@ -137,8 +135,7 @@ def unclaimed(source: str | Path, records: Sequence[Record]) -> list[str]:
         Their paths relative to the source, in order; empty for a source that is a file. Opens no file.
     """
     root = Path(source).expanduser().absolute()
-    files = _readers().get("files")
-    if files is None or not root.is_dir():
+    if not root.is_dir():
         return []
     claimed = {os.path.realpath(path) for path in {record.path for record in records}}
     indexed = {os.path.dirname(path) for path in claimed if path.endswith(".index.json")}  # noqa: PTH120
@@ -151,8 +148,8 @@ def _claimed(path: str, claimed: set[str], indexed: set[str]) -> bool:
     if _SHARD.search(path) and os.path.dirname(path) in indexed:  # noqa: PTH120
         return True
     while path not in claimed:
-        path, shorter = os.path.dirname(path), path  # noqa: PTH120 - pathlib takes ten times as long
-        if path == shorter:
+        path, before = os.path.dirname(path), path  # noqa: PTH120 - pathlib takes ten times as long
+        if path == before:
             return False
     return True
 
@@ -224,9 +221,9 @@ def join_properties(records: Sequence[Record], path: str | Path, source: str | P
 
     A row is about the file that its column ``path`` names, relative to the source, or about all checkpoints in the
     folder or archive of that name, but for those that have a row of their own; a file in an archive is its name there,
-    with or without ``<archive>/`` before it. Without such a column, a row is about the checkpoint that ``id`` names, or about
-    those that ``model`` (and ``epoch``, if there is one) name. The columns ``model``, ``epoch``, ``license`` and
-    ``split`` set these fields of a record, ``config.<name>`` a setting, every other one a property; an empty cell
+    with or without ``<archive>/`` before it. Without such a column, a row is about the checkpoint that ``id`` names,
+    or about those that ``model`` (and ``epoch``, if there is one) name. The columns ``model``, ``epoch``, ``license``
+    and ``split`` set these fields of a record, ``config.<name>`` a setting, every other one a property; an empty cell
     changes nothing that is known already. Dates become text, as in 2024-12-31.
 
     Args:
@@ -385,12 +382,13 @@ def write_catalog(path: str | Path, records: Sequence[Record], columns: Mapping[
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(table), partial, compression="zstd")
-        partial.replace(path)
+        try:
+            pq.write_table(pa.table(table), partial, compression="zstd")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}); free some space, or name another place") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_catalog(path: str | Path) -> list[Record]:
