@@ -71,25 +71,34 @@ def slug(text: str) -> str:
 
 def number(text: str) -> int | float | str:
     """A number where the text is one, percent signs aside; otherwise the text."""
+    digits = text.strip().removesuffix("%")
     for kind in (int, float):
         try:
-            return kind(text.strip().removesuffix("%"))
+            return plain(kind(digits))
         except ValueError:
             pass
-    return text
+    return plain(text)
+
+
+def plain(value: Any) -> Any:
+    """A value that a table can hold: whole numbers beyond 64 bits as fractions, text without halves of characters."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+        return float(str(value))
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _card(facts: dict[Any, Any], body: str) -> ModelCard:
     texts = {key: _texts(facts.get(key)) for key in _TEXTS}
     rows = _rows(body) if "model-j" in texts["tags"] else {}
-    base_models = _texts(facts.get("base_model")) or _texts(rows.pop("base_model", None))
+    base_models = _texts(facts.get("base_model")) or _texts(rows.get("base_model"))
     measured = {key: value for key, value in rows.items() if _MEASURED.search(key)}
+    settings = {key: value for key, value in rows.items() if key not in (*measured, "split", "base_model")}
     return ModelCard(
         license=_license(facts),
         base_models=tuple(base_models),
         properties={key: ", ".join(value) for key, value in texts.items() if value},
         metrics=_metrics(facts.get("model-index")) | measured,
-        config={f"card::{key}": value for key, value in rows.items() if key not in measured and key != "split"},
+        config={f"card::{key}": value for key, value in settings.items()},
         split=_SPLITS.get(str(rows.get("split")).lower()),
     )
 
@@ -116,7 +125,7 @@ def _metrics(index: Any) -> dict[str, Value]:
             value = metric.get("value")
             names = [slug(str(metric[key])) for key in ("type", "name") if metric.get(key)]
             if names and isinstance(value, int | float | str) and not isinstance(value, bool):
-                found.append((about, names, number(value) if isinstance(value, str) else value))
+                found.append((about, names, number(value) if isinstance(value, str) else plain(value)))
     how_many = Counter((*about[:1], names[0]) for about, names, _ in found)
     metrics: dict[str, Value] = {}
     for about, names, value in found:

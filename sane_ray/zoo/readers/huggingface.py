@@ -24,7 +24,7 @@ from torch import Tensor
 from sane_ray.errors import InputError
 from sane_ray.zoo import checkpoint
 from sane_ray.zoo.checkpoint import Checkpoint, SafetensorsCheckpoint
-from sane_ray.zoo.model_card import ModelCard, number, read_card
+from sane_ray.zoo.model_card import ModelCard, number, plain, read_card
 from sane_ray.zoo.readers import Record, Value
 from sane_ray.zoo.readers.folders import walk
 
@@ -40,13 +40,11 @@ _WEIGHTS = {
     "model": (
         "model.safetensors",
         "model.safetensors.index.json",
-        "model.*.safetensors",  # variants: model.fp16.safetensors
-        "model.safetensors.index.*.json",
-        "model-00001-of-*.safetensors",  # shards that have lost their index: refused by name when opened
+        "model.safetensors.index.*.json",  # variants, such as fp16
+        "model.*.safetensors",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
         "pytorch_model.*.bin",
-        "pytorch_model-00001-of-*.bin",
     ),
     "adapter": (
         "adapter_model.safetensors",
@@ -62,10 +60,12 @@ _WEIGHTS = {
 }
 """Names of files that are a model, by what they are a model of, best first."""
 
-_OTHER_INDEX = "*.safetensors.index.json"
+_OTHER_WEIGHTS = ("*.safetensors.index.json", "*-of-*.safetensors", "*-of-*.bin")
+"""Where none of those is there; shards without their index are refused by name when they are opened."""
+
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 _LONE_SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
-_STEP = re.compile(r"checkpoint[-_](\d+)")
+_STEP = re.compile(r"checkpoint[-_](\d{1,18})")
 _CACHED = re.compile(r"(?:models|datasets|spaces)--(.+)")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LONGEST_SETTING = 4096  # characters; what is longer in a header is no hyperparameter but, say, a thumbnail
@@ -127,7 +127,10 @@ def open_checkpoint(record: Record) -> Checkpoint:
         with _naming(path):
             return SafetensorsCheckpoint(path, files)
     if _LONE_SHARD.search(path.name):
-        raise InputError(f"{path}: a shard without its index (*.index.json); download the index as well")
+        raise InputError(
+            f"{path}: one of several shards, without their index; download the index (*.index.json) beside them, and "
+            "name their folder"
+        )
     return checkpoint.open_checkpoint(path)
 
 
@@ -237,15 +240,18 @@ def _snapshot(repository: Path) -> list[tuple[Path, list[str]]]:
 
 def _weights(files: list[str]) -> Iterator[tuple[str, str]]:
     """What is a model among the files of a folder: its kind, and the best file of that kind."""
-    has_some = False
-    for kind, patterns in _WEIGHTS.items():
-        matches = (name for pattern in patterns for name in files if fnmatchcase(name, pattern))
-        file = next(matches, None)
-        if file is not None:
-            has_some = True
-            yield kind, file
-    if not has_some:
-        yield from (("model", name) for name in files if fnmatchcase(name, _OTHER_INDEX))
+    best = {kind: _best(patterns, files) for kind, patterns in _WEIGHTS.items()}
+    if not any(best.values()):
+        best = {"model": _best(_OTHER_WEIGHTS, files)}
+    yield from ((kind, file) for kind, file in best.items() if file is not None)
+
+
+def _best(patterns: tuple[str, ...], files: list[str]) -> str | None:
+    """The first file that matches; an index that has lost all its shards only where nothing else does."""
+    matches = [name for pattern in patterns for name in files if fnmatchcase(name, pattern)]
+    endings = {Path(name).suffix for name in files}
+    whole = (name for name in matches if not _INDEX.search(name) or Path(_INDEX.sub("", name)).suffix in endings)
+    return next(whole, matches[0] if matches else None)
 
 
 def _found(base: Path, folder: Path, file: str, kind: str) -> _Found:
@@ -272,11 +278,14 @@ def _record(base: Path, one: _Found, last_step: int, cards: dict[Path, ModelCard
     path = one.folder / one.file
     trainer = _json_object(one.folder / "trainer_state.json")
     own_step = trainer.get("global_step")
-    epoch = one.step if one.step is not None else own_step if isinstance(own_step, int) and own_step >= 0 else last_step
+    if not isinstance(own_step, int) or not 0 <= own_step < 2**63:
+        own_step = last_step
+    epoch = own_step if one.step is None else one.step
     card, is_own = _card(base, one.folder, cards)
-    config = _json_object(one.folder / "config.json")
-    adapter = _json_object(one.folder / "adapter_config.json") if one.kind == "adapter" else {}
-    bases = (adapter.get("base_model_name_or_path"), config.get("_name_or_path"))
+    config = _config(one.folder / "config.json")
+    if one.kind == "adapter":
+        config |= _config(one.folder / "adapter_config.json")
+    bases = (config.get("base_model_name_or_path"), config.get("_name_or_path"))
     named = [name for name in bases if isinstance(name, str) and _is_other_repository(name, one.model)]
     id_ = f"{one.model}/{epoch}"
     return Record(
@@ -285,7 +294,7 @@ def _record(base: Path, one: _Found, last_step: int, cards: dict[Path, ModelCard
         epoch=epoch,
         path=str(path),
         properties=card.properties | (card.metrics if is_own else {}) | _measured(trainer, epoch),
-        config=_flat(config) | _flat(adapter) | _header_settings(path) | _training(trainer) | card.config,
+        config=config | _header_settings(path) | _training(trainer) | card.config,
         reader=NAME,
         license=card.license,
         parents=tuple(dict.fromkeys([*card.base_models, *named])),
@@ -326,12 +335,12 @@ def _measured(trainer: dict[str, Any], step: int) -> dict[str, Value]:
     values = {key: value for key, value in values.items() if key not in ("step", "epoch")}
     if trainer.get("global_step") == step:
         values["trained_epochs"] = trainer.get("epoch")
-    return {key: value for key, value in values.items() if isinstance(value, int | float)}
+    return {plain(key): plain(value) for key, value in values.items() if isinstance(value, int | float)}
 
 
 def _training(trainer: dict[str, Any]) -> dict[str, Value]:
     keys = ("num_train_epochs", "max_steps", "train_batch_size")
-    return {f"trainer::{key}": trainer[key] for key in keys if isinstance(trainer.get(key), int | float)}
+    return {f"trainer::{key}": plain(trainer[key]) for key in keys if isinstance(trainer.get(key), int | float)}
 
 
 def _header_settings(path: Path) -> dict[str, Value]:
@@ -369,6 +378,14 @@ def _json_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def _config(path: Path) -> dict[str, Value]:
+    try:
+        return _flat(_json_object(path))
+    except RecursionError:
+        _LOG.warning("%s: nested too deep; the model is read without it", path)
+        return {}
+
+
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Value]:
     """Nested settings under ``section::name`` keys; lists as JSON text; names of classes as their number."""
     flat: dict[str, Value] = {}
@@ -378,7 +395,7 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Value]:
         elif isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}::")
         elif value is None or isinstance(value, bool | int | float | str):
-            flat[prefix + key] = value
+            flat[plain(prefix + key)] = plain(value)
         else:
             flat[prefix + key] = json.dumps(value, sort_keys=True)
     return flat
