@@ -31,7 +31,8 @@ import torch
 from sane_ray.cluster import connect
 from sane_ray.config import ClusterConfig, TokensConfig
 from sane_ray.tokens.store import SPLITS, RowGroup, TokenStore
-from sane_ray.tokens.store.writing import write_store, write_token_file
+from sane_ray.tokens.store.token_files import write_token_file
+from sane_ray.tokens.store.writing import write_store
 from sane_ray.zoo.catalog import discover
 
 LEAST_WRITE, LEAST_SCAN = 0.5, 0.7
@@ -81,7 +82,10 @@ def writers(store: TokenStore, root: Path) -> tuple[Callable[[], Any], Callable[
     plain = [name for name in table.column_names if name != "values"]
 
     def ours() -> None:
-        described = ([(ordinal, store.architecture_of(ordinal).table, values) for ordinal, values in g] for g in groups)
+        described = (
+            [(segment, store.architecture_of(segment.checkpoint).table, values) for segment, values in g]
+            for g in groups
+        )
         write_token_file(root / "ours.parquet", described)
 
     def pyarrow() -> None:

@@ -35,28 +35,29 @@ class Pool(NamedTuple):
 class Windows(NamedTuple):
     """Windows in the order in which training sees them; arrays of equal length."""
 
-    checkpoint: NDArray[np.int64]
-    """Ordinal of the checkpoint in the store."""
+    segment: NDArray[np.int64]
+    """Number of the segment: a checkpoint, or a part of a large one."""
     start: NDArray[np.int64]
-    """First token of the window."""
+    """First token of the window in the segment."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Seeded order over the windows of one split of a store.
 
-    Every token of every checkpoint is covered in every epoch, by windows that all differ. A checkpoint of N tokens
-    gives ceil(N / W) + 1 windows of W tokens: the first, the last, and between them a run of others whose phase is
-    drawn anew each epoch (one less where N - 1 is a multiple of W, since no phase is left; one if N = W). The windows
-    that do not fill a last global batch are left out; which ones differs from epoch to epoch.
+    Windows are cut from segments: checkpoints, or the parts that large ones are stored in. Every token of every segment
+    is covered in every epoch, by windows that all differ. A segment of N tokens gives ceil(N / W) + 1 windows of W
+    tokens: the first, the last, and between them a run of others whose phase is drawn anew each epoch (one less where
+    N - 1 is a multiple of W, since no phase is left; one if N = W). The windows that do not fill a last global batch
+    are left out; which ones differs from epoch to epoch.
     """
 
     groups: tuple[tuple[int, ...], ...]
-    """Checkpoints (ordinals) in each row group."""
+    """Segments (numbers) in each row group."""
     tokens: NDArray[np.int64]
-    """Tokens of each checkpoint, by ordinal."""
+    """Tokens of each segment."""
     models: NDArray[np.int64]
-    """Number of the model that each checkpoint belongs to, by ordinal."""
+    """Number of the model that each segment belongs to."""
     window: int
     """Tokens in a window."""
     batch_size: int
@@ -72,8 +73,8 @@ class Plan:
         shortest = int(self.tokens[members].min())
         if self.window > shortest:
             raise InputError(
-                f"config field autoencoder.window is {self.window}, but the shortest model of the store has {shortest} "
-                f"tokens: set it to {shortest} or less"
+                f"config field autoencoder.window is {self.window}, but the shortest model (or segment of one) of the "
+                f"store has {shortest} tokens: set it to {shortest} or less"
             )
 
     @cached_property
@@ -114,9 +115,9 @@ class Plan:
         """All windows of a pool, in order."""
         members = np.concatenate([np.asarray(self.groups[group]) for group in pool.groups])
         rng = _generator(self.seed, epoch, _WINDOWS_OF_POOL, pool.first)
-        checkpoint, start = _draw_windows(members, self.tokens[members], self.window, rng)
-        order = _deal(self.models[checkpoint], rng)
-        return Windows(checkpoint[order], start[order])
+        segment, start = _draw_windows(members, self.tokens[members], self.window, rng)
+        order = _deal(self.models[segment], rng)
+        return Windows(segment[order], start[order])
 
     def share(self, epoch: int, pool: Pool, *, rank: int, world_size: int, first_step: int = 0) -> Windows:
         """The windows of a pool that one worker trains on, from ``first_step`` of the epoch on, in order."""
@@ -125,11 +126,11 @@ class Plan:
         slice_of_batch = place % self.batch_size // (self.batch_size // world_size)
         step = place // self.batch_size
         mine = (slice_of_batch == rank) & (step >= first_step) & (step < self.steps_per_epoch)
-        return Windows(windows.checkpoint[mine], windows.start[mine])
+        return Windows(windows.segment[mine], windows.start[mine])
 
 
 def window_counts(tokens: NDArray[np.int64], window: int) -> NDArray[np.int64]:
-    """Windows that checkpoints of so many tokens give in an epoch."""
+    """Windows that segments of so many tokens give in an epoch."""
     return np.where(tokens == window, 1, -(-tokens // window) + (_phases(tokens, window) > 0))
 
 
@@ -139,16 +140,16 @@ def _phases(tokens: NDArray[np.int64], window: int) -> NDArray[np.int64]:
 
 
 def _draw_windows(
-    checkpoints: NDArray[np.int64], tokens: NDArray[np.int64], window: int, rng: np.random.Generator
+    segments: NDArray[np.int64], tokens: NDArray[np.int64], window: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The first window, the last one, and between them boundaries every ``window`` tokens from a random phase."""
     counts = window_counts(tokens, window)
     phases = _phases(tokens, window)
     phase = np.where(phases > 0, rng.integers(1, np.maximum(phases, 1) + 1), window)
-    which = np.repeat(np.arange(len(checkpoints)), counts)
+    which = np.repeat(np.arange(len(segments)), counts)
     number = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
     start = np.clip(phase[which] + (number - 1) * window, 0, tokens[which] - window)
-    return checkpoints[which], start
+    return segments[which], start
 
 
 def _deal(models: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -176,10 +177,10 @@ def plan_of(
     pool_tokens: int,
     seed: int,
 ) -> Plan:
-    """A plan from what a store's index says: checkpoints a row group, tokens and model name a checkpoint.
+    """A plan from what a store's index says: segments a row group, tokens and model name a segment.
 
     Raises:
-        InputError: no row group, a window longer than the shortest model, or fewer windows than one global batch.
+        InputError: no row group, a window longer than the shortest segment, or fewer windows than one global batch.
     """
     _, numbers = np.unique(np.asarray(models), return_inverse=True)
     plan = Plan(

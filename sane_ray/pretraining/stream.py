@@ -12,7 +12,7 @@ import functools
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sane_ray.config import AugmentationConfig
 from sane_ray.pretraining.batch import Batch
 from sane_ray.pretraining.plan import Plan, Windows, plan_of, window_counts
-from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store import Segment, TokenStore
 from sane_ray.tokens.symmetry import gather_indices, random_permutations
 
 ROWS_A_BLOCK = 512
@@ -41,11 +41,14 @@ def plan_of_store(
 ) -> tuple[Plan, list[Any]]:
     """The plan over one split of a store, and the row groups that its indices mean."""
     groups = store.row_groups(split)
+    models = store.models["model"].to_pylist()
+    segments = [segment for group in groups for segment in group.segments]
+    numbers = iter(range(len(segments)))
     bytes_a_token = store.token_size * _DTYPES[store.dtype].itemsize
     plan = plan_of(
-        [group.checkpoints for group in groups],
-        store.models["tokens"].to_pylist(),
-        store.models["model"].to_pylist(),
+        [[next(numbers) for _ in group.segments] for group in groups],
+        [segment.tokens for segment in segments],
+        [models[segment.checkpoint] for segment in segments],
         window=window,
         batch_size=batch_size,
         pool_tokens=max(1, int(pool_mb * 1e6 / bytes_a_token)),
@@ -56,9 +59,8 @@ def plan_of_store(
 
 def windows_of_split(store: TokenStore, split: str, window: int) -> int:
     """Windows that an epoch over a split has; 0 where the split is empty."""
-    tokens = store.models["tokens"].to_numpy()
-    members = [checkpoint for group in store.row_groups(split) for checkpoint in group.checkpoints]
-    return int(window_counts(tokens[members], window).sum()) if members else 0
+    tokens = [segment.tokens for group in store.row_groups(split) for segment in group.segments]
+    return int(window_counts(np.array(tokens), window).sum()) if tokens else 0
 
 
 @dataclass(frozen=True)
@@ -84,46 +86,58 @@ class WindowReader:
         share = self.plan.share(epoch, pool, rank=self.rank, world_size=self.world_size, first_step=first_step)
         if len(share.start) == 0:
             return
-        wanted = set(share.checkpoint.tolist())
-        values: dict[int, NDArray[Any]] = {}
+        wanted = set(share.segment.tolist())
+        parts: dict[int, _Part] = {}
         for group in pool.groups:
-            for checkpoint, tokens_NT in store.read_row_group(self.groups[group]):
-                if checkpoint in wanted:
-                    values[checkpoint] = tokens_NT
+            stored = zip(self.plan.groups[group], store.read_row_group(self.groups[group]), strict=True)
+            parts |= {number: _Part(*part) for number, part in stored if number in wanted}
         for begin in range(0, len(share.start), ROWS_A_BLOCK):
-            yield self._cut(store, values, Windows(*(column[begin : begin + ROWS_A_BLOCK] for column in share)), epoch)
+            yield self._cut(store, parts, Windows(*(column[begin : begin + ROWS_A_BLOCK] for column in share)), epoch)
 
-    def _cut(self, store: TokenStore, values: dict[int, NDArray[Any]], windows: Windows, epoch: int) -> Columns:
+    def _cut(self, store: TokenStore, parts: dict[int, _Part], windows: Windows, epoch: int) -> Columns:
         W = self.plan.window
-        pairs = list(zip(windows.checkpoint.tolist(), windows.start.tolist(), strict=True))
-        tables = [store.architecture_of(c).table for c, _ in pairs]
+        pairs = [(parts[n], s) for n, s in zip(windows.segment.tolist(), windows.start.tolist(), strict=True)]
         kinds = {"view_1": self.augmentation.view_1, "view_2": self.augmentation.view_2}
         if kinds["view_2"] == "canonical" == kinds["view_1"]:
             del kinds["view_2"]  # the same windows: not sent twice
         columns = {}
         for number, (view, kind) in enumerate(kinds.items(), start=1):
-            if kind == "permuted":
-                cuts = [self._permuted(store, c, s, values[c], (epoch, number)) for c, s in pairs]
-            else:
-                cuts = [values[c][s : s + W] for c, s in pairs]
+            cuts = [
+                self._permuted(store, part, start, (epoch, number))
+                if kind == "permuted" and _is_whole(store, part.segment)
+                else part.values[start : start + W]
+                for part, start in pairs
+            ]
             columns[view] = _as_bits(np.stack(cuts))
-        columns["signal"] = np.stack([t.signal_counts[s : s + W] for t, (_, s) in zip(tables, pairs, strict=True)])
-        columns["positions"] = np.stack([t.positions[s : s + W] for t, (_, s) in zip(tables, pairs, strict=True)])
+        places = [(store.architecture_of(p.segment.checkpoint).table, p.segment.first + s) for p, s in pairs]
+        columns["signal"] = np.stack([table.signal_of(s, s + W) for table, s in places])
+        columns["positions"] = np.stack([table.positions_of(s, s + W) for table, s in places])
         return columns
 
-    def _permuted(
-        self, store: TokenStore, checkpoint: int, start: int, values_NT: NDArray[Any], stream: tuple[int, int]
-    ) -> NDArray[Any]:
+    def _permuted(self, store: TokenStore, part: _Part, start: int, stream: tuple[int, int]) -> NDArray[Any]:
         """A window of the network after a random symmetry, drawn from (seed, epoch, view, checkpoint, start).
 
         Normalisation is affine per layer and so commutes with the permutation of channels.
         """
+        checkpoint = part.segment.checkpoint
         architecture = store.architecture_of(checkpoint)
         rng = np.random.default_rng((self.plan.seed, *stream, checkpoint, start))
         permutations = random_permutations(architecture.symmetry, rng)
         stop = start + self.plan.window
         indices = gather_indices(architecture.table, architecture.symmetry, permutations, start=start, stop=stop)
-        return values_NT.reshape(-1).take(indices).reshape(self.plan.window, -1)
+        return part.values.reshape(-1).take(indices).reshape(self.plan.window, -1)
+
+
+class _Part(NamedTuple):
+    """A segment and its stored values [tokens, T]."""
+
+    segment: Segment
+    values: NDArray[Any]
+
+
+def _is_whole(store: TokenStore, segment: Segment) -> bool:
+    """Whether a segment is a whole checkpoint: a part of one has not all the channels that would change places."""
+    return segment.tokens == store.architecture_of(segment.checkpoint).table.num_tokens
 
 
 @functools.lru_cache(maxsize=2)

@@ -26,7 +26,7 @@ def epoch_of(plan, epoch, rank=0, world_size=1, first_step=0):
     shares = [
         plan.share(epoch, pool, rank=rank, world_size=world_size, first_step=first_step) for pool in plan.pools(epoch)
     ]
-    return [(int(c), int(s)) for share in shares for c, s in zip(share.checkpoint, share.start, strict=True)]
+    return [(int(c), int(s)) for share in shares for c, s in zip(share.segment, share.start, strict=True)]
 
 
 def test_every_token_of_every_checkpoint_is_covered():

@@ -19,12 +19,14 @@ def make_reader(store, augmentation=PUBLISHED, rank=0, world_size=1, split="trai
 
 
 def planned(reader, epochs):
-    """Checkpoint and start of each of a worker's windows, in order, straight from the plan."""
+    """Checkpoint and first token of each of a worker's windows, in order, straight from the plan."""
+    segments = [segment for group in reader.groups for segment in group.segments]
     windows = []
     for epoch in range(epochs):
         for pool in reader.plan.pools(epoch):
             share = reader.plan.share(epoch, pool, rank=reader.rank, world_size=reader.world_size)
-            windows += list(zip(share.checkpoint.tolist(), share.start.tolist(), strict=True))
+            for number, start in zip(share.segment.tolist(), share.start.tolist(), strict=True):
+                windows.append((segments[number].checkpoint, segments[number].first + start))
     return windows
 
 
@@ -69,6 +71,21 @@ def test_a_permuted_view_is_the_same_network_permuted(zoo, tmp_path):
         assert torch.equal(batch.view_2[row], tokenize(network, architecture.table)[start : start + W])
         assert torch.equal(batch.view_1[row], store.tokens(checkpoint)[start : start + W])
     assert not torch.equal(batch.view_1, batch.view_2)
+
+
+def test_windows_of_a_model_in_segments_cover_it_and_are_not_permuted(zoo, tmp_path):
+    tokens = TokensConfig(dtype="float32", split=[0.5, 0.25, 0.25], segment_mb=0.001, row_group_mb=0.008)
+    store = write_store(discover(zoo), tmp_path / "store", tokens, source=zoo)
+    assert {segment.tokens for group in store.row_groups("train") for segment in group.segments} == {26}  # 52 in two
+    reader = make_reader(store, AugmentationConfig(view_1="permuted", view_2="canonical"))
+    windows = planned(reader, 1)
+    batches = stream(reader, epochs=1, first_step=0, data_cpus=1)
+    rows = [row for batch in batches for row in zip(*vars(batch).values(), strict=True)]
+    for (view_1, view_2, _, positions), (checkpoint, start) in zip(rows, windows, strict=True):
+        assert torch.equal(view_1, store.tokens(checkpoint)[start : start + W]) and torch.equal(view_1, view_2)
+        assert np.array_equal(positions, store.architecture_of(checkpoint).table.positions[start : start + W])
+    covered = {(c, token) for pool in reader.plan.pools(0) for c, s in windows for token in range(s, s + W)}
+    assert {token for c, token in covered if c == windows[0][0]} == set(range(52))
 
 
 def test_bfloat16_tokens_arrive_as_such(zoo, tmp_path):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.store.inspection import digest_if_readable
 from sane_ray.tokens.store.progress_bar import checkpoint_bar
-from sane_ray.tokens.store.reading import TokenStore, json_digest
-from sane_ray.zoo.catalog import Record
+from sane_ray.tokens.store.reading import TokenStore, file_digest, json_digest
+from sane_ray.zoo.filters import select
+from sane_ray.zoo.readers import Record
 
 _GATES = ("max_architectures", "max_skipped")
 """Config fields that decide whether a store is written, not what is in it."""
+
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
+"""What counts for a checkpoint that is a folder."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,10 @@ class Entry:
     path: str
     """Relative to the source."""
     bytes: int
-    """Size of the file; -1 if it is missing."""
+    """Size of the file (of all weight files where it is a folder); -1 if it is missing."""
     mtime_ns: int
     metadata: str
-    """Digest of its properties and config."""
+    """Digest of what is known of it."""
 
 
 @dataclass(frozen=True)
@@ -49,29 +56,35 @@ class Inputs:
     source: Path
     entries: dict[str, Entry]
     """By id, in the order of the records."""
+    unwanted: list[tuple[Record, str]]
+    """Checkpoints that ``tokens.epochs`` or ``tokens.where`` leave out, and why."""
 
     @classmethod
     def of(cls, records: Sequence[Record], config: TokensConfig, source: str | Path) -> Inputs:
-        """Looks at every file's size and time.
+        """Looks at every chosen file's size and time.
 
         Raises:
-            InputError: None of the records is of ``tokens.epochs``.
+            InputError: None of the records is wanted.
         """
         source = Path(source).expanduser().absolute()
-        chosen = [record for record in records if not config.epochs or record.epoch in config.epochs]
-        if not chosen:
-            found = sorted({record.epoch for record in records})
-            raise InputError(
-                f"config field tokens.epochs is {config.epochs}: the zoo {source} has no such checkpoints, only epochs "
-                f"{found[:20]}"
-            )
-        chosen.sort(key=lambda record: (record.model, record.epoch))
-        return cls(chosen, config, source, {record.id: _entry(record, source) for record in chosen})
+        wanted, unwanted = _wanted(records, config, source)
+        wanted.sort(key=lambda record: (record.model, record.epoch))
+        looks: dict[str, tuple[int, int]] = {}
+        return cls(wanted, config, source, {record.id: _entry(record, source, looks) for record in wanted}, unwanted)
+
+    @cached_property
+    def sizes(self) -> list[float]:
+        """Bytes of each record's weights; a file that holds many is shared out evenly."""
+        records_of = Counter(record.path for record in self.records)
+        return [max(self.entries[record.id].bytes, 0) / records_of[record.path] for record in self.records]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The config fields that decide the contents."""
-        return {name: value for name, value in dataclasses.asdict(self.config).items() if name not in _GATES}
+        """The config fields that decide the contents; files that they name by what is in them."""
+        settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in _GATES}
+        settings["symmetry"] = [_contents(path, "tokens.symmetry") for path in self.config.symmetry]
+        settings["split_file"] = _contents(self.config.split_file, "tokens.split_file")
+        return settings
 
     @property
     def digest(self) -> str:
@@ -80,15 +93,58 @@ class Inputs:
         return json_digest([self.settings, listing])
 
 
-def _entry(record: Record, source: Path) -> Entry:
+def look(path: str) -> tuple[int, int]:
+    """Size and modification time of a checkpoint's file, or of the weight files in its folder; (-1, 0) if missing."""
     try:
-        status = os.stat(record.path)  # noqa: PTH116 - as fast as it gets for a million files
-        size, mtime = status.st_size, status.st_mtime_ns
+        if path.endswith(".index.json"):
+            path = os.path.dirname(path)  # noqa: PTH120
+        if not os.path.isdir(path):  # noqa: PTH112
+            status = os.stat(path)  # noqa: PTH116 - as fast as it gets for a million files
+            return status.st_size, status.st_mtime_ns
+        with os.scandir(path) as entries:
+            found = [entry.stat() for entry in entries if entry.name.endswith(_WEIGHT_FILES) and entry.is_file()]
     except OSError:
-        size, mtime = -1, 0
-    return Entry(
-        os.path.relpath(record.path, source), size, mtime, json_digest([record.properties, record.config])[:16]
-    )
+        return -1, 0
+    return sum(status.st_size for status in found), max((status.st_mtime_ns for status in found), default=0)
+
+
+def _wanted(
+    records: Sequence[Record], config: TokensConfig, source: Path
+) -> tuple[list[Record], list[tuple[Record, str]]]:
+    epochs = set(config.epochs)
+    chosen = [record for record in records if not epochs or record.epoch in epochs]
+    if not chosen:
+        found = sorted({record.epoch for record in records})
+        raise InputError(
+            f"config field tokens.epochs is {config.epochs}: the zoo {source} has no such checkpoints, only epochs "
+            f"{found[:20]}"
+        )
+    unwanted = [(record, "epoch not chosen") for record in records if epochs and record.epoch not in epochs]
+    if config.where:
+        chosen, others = select(chosen, config.where)
+        unwanted += others
+        if not chosen:
+            raise InputError(
+                f"config field tokens.where is {config.where!r}: it leaves out all {len(others):,} checkpoints of "
+                f"{source} (for example {others[0][0].id}: {others[0][1]})"
+            )
+    return chosen, unwanted
+
+
+def _contents(path: str, name: str) -> str:
+    if not path:
+        return ""
+    try:
+        return file_digest(Path(path).expanduser())
+    except OSError as error:
+        raise InputError(f"config field {name} is {path}: cannot be read ({error.strerror})") from error
+
+
+def _entry(record: Record, source: Path, looks: dict[str, tuple[int, int]]) -> Entry:
+    if record.path not in looks:
+        looks[record.path] = look(record.path)
+    known = [record.properties, record.config, record.license, record.parents, record.split]
+    return Entry(os.path.relpath(record.path, source), *looks[record.path], json_digest(known)[:16])
 
 
 def matching(inputs: Inputs, destination: Path) -> TokenStore | None:
@@ -121,10 +177,8 @@ def _different_settings(store: TokenStore, inputs: Inputs) -> list[str]:
 
 
 def _different_checkpoints(store: TokenStore, inputs: Inputs) -> list[str]:
-    names = ("id", "source", "source_bytes", "source_mtime_ns", "source_metadata")
-    rows = zip(*(store.models[name].to_pylist() for name in names), strict=True)
-    old = {row[0]: Entry(*row[1:]) for row in rows}
-    old |= {row["id"]: Entry(*(row[name] for name in names[1:])) for row in store.skipped}
+    names = ("source", "source_bytes", "source_mtime_ns", "source_metadata")
+    old = {row["id"]: Entry(*(row[name] for name in names)) for row in store.considered}
     new = inputs.entries
     touched = [name for name in new if name in old and new[name] != old[name] and _same_but_time(new[name], old[name])]
     changed = [name for name in new if name in old and not _same_but_time(new[name], old[name])]
@@ -144,13 +198,12 @@ def _same_but_time(one: Entry, other: Entry) -> bool:
 
 def _rewritten(store: TokenStore, inputs: Inputs, touched: list[str]) -> list[str]:
     """Which of the checkpoints that have another time also have other weights."""
-    digests = dict(zip(store.models["id"].to_pylist(), store.models["sha256"].to_pylist(), strict=True))
-    digests |= {row["id"]: row["sha256"] for row in store.skipped}
-    paths = {record.id: record.path for record in inputs.records}
+    digests = {row["id"]: row["sha256"] for row in store.considered}
+    records = {record.id: record for record in inputs.records}
     changed = []
     with checkpoint_bar("compare checkpoints", len(touched)) as progress:
         for name in touched:
-            if digest_if_readable(paths[name]) != digests[name]:
+            if digest_if_readable(records[name]) != digests[name]:
                 changed.append(name)
             progress.update()
     return changed

@@ -1,14 +1,17 @@
 """Pass 1 over a zoo: what each checkpoint is, and whether it can be used.
 
-Plain functions of plain data: ``sane_ray.tokens.store.writing`` runs them in Ray tasks. Never imports Ray.
+Every tensor is read once, in slices, so that memory does not grow with the model; the slices of a large checkpoint may
+be read by many tasks. Plain functions of plain data: ``sane_ray.tokens.store.writing`` runs them in Ray tasks. Never
+imports Ray.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +19,65 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sane_ray.errors import InputError
-from sane_ray.tokens.normalization import LayerStatistics
-from sane_ray.tokens.tokenizer import LayerTable, build_layer_table, tokenize
-from sane_ray.zoo.catalog import Record
-from sane_ray.zoo.checkpoint import load_state_dict
+from sane_ray.tokens.normalization import LayerStatistics, Moments, merge, moments
+from sane_ray.tokens.tokenizer import LayerTable, build_layer_table
+from sane_ray.zoo.catalog import open_record
+from sane_ray.zoo.checkpoint import Checkpoint, LoadedCheckpoint
+from sane_ray.zoo.readers import Record
 
-BATCH_CHECKPOINTS, BATCH_BYTES = 64, 64e6
+BATCH_CHECKPOINTS, BATCH_BYTES = 256, 64e6
 """What one task inspects. Fixed, so that sums are formed in the same order on every cluster."""
+
+SLICE_BYTES = 2**24
+"""What is read at once. Fixed, because the digest of a checkpoint is one of the digests of its slices."""
+
+_RUNNING = (".running_mean", ".running_var")
+
+
+class Slice(NamedTuple):
+    """Flat values ``start`` to ``stop`` of a tensor."""
+
+    key: str
+    start: int
+    stop: int
+
+
+class Glance(NamedTuple):
+    """What one slice is."""
+
+    digest: str
+    moments: Moments | None
+    """None where the tensor is not floating point, or empty."""
+
+
+class Seen(NamedTuple):
+    """What one checkpoint is."""
+
+    sha256: str
+    """Of the weights; empty where they could not be read."""
+    reason: str = ""
+    """Why it cannot be used; empty where it can."""
+    key: str = ""
+    """Fingerprint of its architecture."""
+    statistics: NDArray[np.float64] = np.empty((5, 0))
+    """The fields of its ``LayerStatistics`` (mean, variance, norm, minimum, maximum), [5, layers]."""
+    largest: float = 0.0
+    """Size of its largest weight or bias; running statistics do not count."""
+
+
+class Batch(NamedTuple):
+    """Checkpoints that one task inspects: those from position ``first`` on."""
+
+    first: int
+    records: list[Record]
+
+
+class Share(NamedTuple):
+    """Slices of one large checkpoint that one task reads."""
+
+    position: int
+    record: Record
+    slices: list[Slice]
 
 
 @dataclass
@@ -32,113 +87,190 @@ class Found:
     records: list[Record]
     keys: list[str | None]
     """Fingerprint of the architecture; None for a checkpoint that is left out."""
-    digests: list[str]
-    """Of the weights; empty where they could not be read."""
-    ranges: list[NDArray[np.float64]]
-    """Smallest and largest value of each layer, [2, layers]; empty for a checkpoint that is left out."""
+    seen: list[Seen]
     reasons: dict[int, str] = field(default_factory=dict)
-    """Why a checkpoint is left out."""
+    """Why a checkpoint cannot be used."""
+    unwanted: dict[int, str] = field(default_factory=dict)
+    """Why a checkpoint that could be used is left out, as the config asks."""
     tables: dict[str, LayerTable] = field(default_factory=dict)
-    statistics: dict[tuple[str, str], LayerStatistics] = field(default_factory=dict)
-    """By fingerprint and model."""
 
     @classmethod
     def nothing(cls, records: list[Record]) -> Found:
         """Before the first batch."""
-        return cls(records, [None] * len(records), [""] * len(records), [np.empty((2, 0))] * len(records))
+        return cls(records, [None] * len(records), [Seen("")] * len(records))
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the weights; empty where they could not be read."""
+        return [seen.sha256 for seen in self.seen]
 
     def usable(self) -> list[tuple[int, str]]:
         """Position and fingerprint of every checkpoint that is not left out."""
         return [(position, key) for position, key in enumerate(self.keys) if key is not None]
 
     def leave_out(self, position: int, reason: str) -> None:
-        """Takes a checkpoint from the usable ones."""
+        """Takes a checkpoint that cannot be used from the usable ones."""
         self.keys[position], self.reasons[position] = None, reason
 
-    def add(self, result: dict[str, Any]) -> None:
-        """Takes in what ``inspect_batch`` returned."""
-        for key, data in result["tables"].items():
-            self.tables.setdefault(key, LayerTable.from_dict(data))
-        for position, seen in enumerate(result["checkpoints"], start=result["first"]):
-            self.digests[position] = seen["sha256"]
-            if "reason" in seen:
-                self.leave_out(position, seen["reason"])
-                continue
-            statistics = LayerStatistics.from_dict(seen["statistics"])
-            self.keys[position] = seen["key"]
-            self.ranges[position] = np.stack([statistics.minimum, statistics.maximum])
-            model = (seen["key"], self.records[position].model)
-            self.statistics.setdefault(model, LayerStatistics()).merge(statistics)
+    def pass_over(self, position: int, reason: str) -> None:
+        """Takes a checkpoint that is not wanted from the usable ones."""
+        self.keys[position], self.unwanted[position] = None, reason
+
+    def add(self, first: int, seen: Sequence[Seen], tables: Mapping[str, LayerTable]) -> None:
+        """Takes in what the checkpoints from position ``first`` on are."""
+        for key, table in tables.items():
+            self.tables.setdefault(key, table)
+        for position, one in enumerate(seen, start=first):
+            self.seen[position] = one
+            if one.reason:
+                self.leave_out(position, one.reason)
+            else:
+                self.keys[position] = one.key
 
 
-def batches(paths: Sequence[str], sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """The work of pass 1, cut into what one task does."""
-    ranges: list[range] = []
+def batches(records: Sequence[Record], sizes: Sequence[float]) -> list[Batch]:
+    """The work of pass 1 over whole checkpoints, cut into what one task does."""
+    work: list[Batch] = []
     start, size = 0, 0.0
     for position, added in enumerate(sizes):
         if position > start and (size + added > BATCH_BYTES or position - start >= BATCH_CHECKPOINTS):
-            ranges.append(range(start, position))
+            work.append(Batch(start, list(records[start:position])))
             start, size = position, 0.0
         size += added
-    ranges.append(range(start, len(sizes)))
-    return [{"first": batch.start, "paths": [paths[position] for position in batch]} for batch in ranges]
+    if start < len(records):
+        work.append(Batch(start, list(records[start:])))
+    return work
 
 
-def inspect_batch(batch: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def shares(position: int, record: Record, meta: Mapping[str, Tensor]) -> list[Share]:
+    """The work of pass 1 over one large checkpoint, cut into what one task does."""
+    gathered: list[list[Slice]] = []
+    size = math.inf
+    for piece in slices_of(meta):
+        if size + (added := (piece.stop - piece.start) * meta[piece.key].element_size()) > BATCH_BYTES:
+            gathered.append([])
+            size = 0.0
+        gathered[-1].append(piece)
+        size += added
+    return [Share(position, record, pieces) for pieces in gathered]
+
+
+def slices_of(meta: Mapping[str, Tensor]) -> list[Slice]:
+    """Every tensor in pieces of at most ``SLICE_BYTES``; one empty piece for a tensor without values."""
+    slices = []
+    for key, value in meta.items():
+        step = SLICE_BYTES // value.element_size()
+        slices += [Slice(key, start, min(start + step, value.numel())) for start in range(0, value.numel() or 1, step)]
+    return slices
+
+
+def inspect_batch(batch: Batch, settings: Mapping[str, Any]) -> tuple[list[Seen], dict[str, LayerTable]]:
     """Reads a batch of checkpoints, each once.
 
     Args:
         batch: One of ``batches``.
-        settings: ``token_size`` and ``batch_norm`` of ``build_layer_table``.
+        settings: Arguments of ``build_layer_table``.
 
     Returns:
-        JSON-able: ``first``; for each checkpoint ``sha256`` and either ``reason`` (why it cannot be used) or ``key``
-        (its architecture) and ``statistics``; and the layer ``tables`` by key.
+        What each of them is, and their layer tables by fingerprint.
     """
-    tables: dict[tuple[Any, ...], LayerTable] = {}
-    checkpoints = [_inspect(path, tables, settings) for path in batch["paths"]]
-    described = {table.fingerprint: table.to_dict() for table in tables.values()}
-    return {"first": batch["first"], "checkpoints": checkpoints, "tables": described}
+    tables: dict[Any, LayerTable] = {}
+    seen = [_inspect(record, tables, settings) for record in batch.records]
+    return seen, {table.fingerprint: table for table in tables.values()}
 
 
-def _inspect(path: str, tables: dict[tuple[Any, ...], LayerTable], settings: dict[str, Any]) -> dict[str, Any]:
-    sha256 = ""
+def inspect_share(share: Share) -> list[Glance] | str:
+    """Reads slices of a large checkpoint; a string says why that cannot be done."""
     try:
-        state_dict = load_state_dict(path)
-        sha256 = weights_digest(state_dict)
-        _check_finite(state_dict, path)
-        shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in state_dict.items())
+        checkpoint = open_record(share.record)
+        return [glance(checkpoint, piece) for piece in share.slices]
+    except Exception as error:
+        return why(error, share.record)
+
+
+def glance(checkpoint: Checkpoint, piece: Slice) -> Glance:
+    """Reads one slice."""
+    values = checkpoint.read(*piece)
+    digest = hashlib.sha256(bytes_of(values)).hexdigest()
+    return Glance(digest, moments(values) if values.is_floating_point() and values.numel() else None)
+
+
+def describe(
+    meta: Mapping[str, Tensor],
+    glances: Sequence[Glance],
+    settings: Mapping[str, Any],
+    tables: dict[Any, LayerTable],
+) -> Seen:
+    """What a checkpoint is, from its shapes and from what ``glance`` said of its slices, in their order.
+
+    Args:
+        meta: Its tensors.
+        glances: One for each of ``slices_of(meta)``.
+        settings: Arguments of ``build_layer_table``.
+        tables: The tables built so far, by shapes; a new one is added.
+    """
+    sha256 = _digest(meta, glances)
+    by_key: dict[str, Moments] = {}
+    for piece, (_, found) in zip(slices_of(meta), glances, strict=True):
+        if found is not None:
+            by_key[piece.key] = merge(by_key[piece.key], found) if piece.key in by_key else found
+    endless = next((key for key, found in by_key.items() if not np.isfinite([found.low, found.high]).all()), None)
+    if endless is not None:
+        return Seen(sha256, f"{endless} holds NaN or infinite values")
+    shapes = tuple((key, tuple(value.shape), value.dtype, value.layout) for key, value in meta.items())
+    try:
         if shapes not in tables:
-            tables[shapes] = build_layer_table(state_dict, **settings)
-        table = tables[shapes]
-        statistics = LayerStatistics().update(tokenize(state_dict, table), table)
+            tables[shapes] = build_layer_table(meta, **settings)
     except InputError as error:
-        return {"sha256": sha256, "reason": str(error).removeprefix(f"{path}: ")}
-    return {"sha256": sha256, "key": table.fingerprint, "statistics": statistics.to_dict()}
-
-
-def _check_finite(state_dict: Mapping[str, Tensor], path: str) -> None:
-    for key, value in state_dict.items():
-        if value.is_floating_point() and value.layout == torch.strided and value.numel():
-            low, high = torch.aminmax(value.float())
-            if not (low.isfinite() and high.isfinite()):
-                raise InputError(f"{path}: {key} holds NaN or infinite values")
+        return Seen(sha256, str(error))
+    table = tables[shapes]
+    statistics = LayerStatistics().add(by_key, table)
+    rows = (statistics.mean, statistics.variance, statistics.norm, statistics.minimum, statistics.maximum)
+    sizes = [max(-found.low, found.high) for key, found in by_key.items() if not f".{key}".endswith(_RUNNING)]
+    return Seen(sha256, "", table.fingerprint, np.stack(rows), float(max(sizes, default=0.0)))
 
 
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     """Hex sha256 of keys, number formats, shapes and values, whatever the file format."""
-    digest = hashlib.sha256()
-    for key, value in state_dict.items():
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        dense = value.dequantize() if value.is_quantized else value.to_dense()
-        values: Any = dense.reshape(-1).contiguous().view(torch.uint8).numpy()
-        digest.update(values)
-    return digest.hexdigest()
+    checkpoint = LoadedCheckpoint("", state_dict)
+    return _digest(checkpoint.meta, [glance(checkpoint, piece) for piece in slices_of(checkpoint.meta)])
 
 
-def digest_if_readable(path: str) -> str:
-    """The digest of a file's weights; empty if it cannot be read."""
+def digest_if_readable(record: Record) -> str:
+    """The digest of a checkpoint's weights; empty if it cannot be read."""
     try:
-        return weights_digest(load_state_dict(path))
-    except InputError:
+        checkpoint = open_record(record)
+        return _digest(checkpoint.meta, [glance(checkpoint, piece) for piece in slices_of(checkpoint.meta)])
+    except Exception:  # whatever is wrong with it, it is not what it was
         return ""
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The bytes of flat values, without a copy where they lie in a row."""
+    return values.contiguous().view(torch.uint8).numpy().data
+
+
+def why(error: Exception, record: Record) -> str:
+    """Why a checkpoint cannot be read, in words that do not repeat its path."""
+    if isinstance(error, InputError):
+        return str(error).removeprefix(f"{record.path}: ")
+    return f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
+
+
+def _inspect(record: Record, tables: dict[Any, LayerTable], settings: Mapping[str, Any]) -> Seen:
+    try:
+        checkpoint = open_record(record)
+        glances = [glance(checkpoint, piece) for piece in slices_of(checkpoint.meta)]
+        return describe(checkpoint.meta, glances, settings, tables)
+    except Exception as error:  # one odd file must not end the work on all the others
+        return Seen("", why(error, record))
+
+
+def _digest(meta: Mapping[str, Tensor], glances: Sequence[Glance]) -> str:
+    digest = hashlib.sha256()
+    for piece, (of_slice, _) in zip(slices_of(meta), glances, strict=True):
+        if piece.start == 0:
+            value = meta[piece.key]
+            digest.update(f"{piece.key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(of_slice.encode())
+    return digest.hexdigest()

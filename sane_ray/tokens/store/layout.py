@@ -6,7 +6,7 @@ imports Ray.
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,12 +18,13 @@ import torch
 
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
-from sane_ray.tokens.normalization import LayerStatistics, fit
-from sane_ray.tokens.store.inspection import Found
+from sane_ray.tokens.normalization import LayerStatistics, Normalization, fit
+from sane_ray.tokens.store.inspection import Found, Seen
 from sane_ray.tokens.store.reading import SPLITS, Architecture
-from sane_ray.tokens.symmetry import derive_symmetry
+from sane_ray.tokens.symmetry import Symmetry, derive_symmetry
 from sane_ray.tokens.tokenizer import LayerTable
-from sane_ray.zoo.catalog import Record
+from sane_ray.zoo.readers import Record
+from sane_ray.zoo.splits import assign_splits
 
 _BYTES_BESIDE_VALUES = 5 * 4
 _LISTED = 20
@@ -45,34 +46,50 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """One segment: a run of a checkpoint's tokens."""
+
+    row: Row
+    first: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Part:
     """One token file."""
 
     file: str
     """Relative to the store."""
-    groups: list[list[Row]]
+    groups: list[list[Piece]]
 
 
 def arrange(found: Found, config: TokensConfig) -> tuple[list[Row], list[Architecture]]:
     """Decides which checkpoints the store holds, in which split, and how they are normalised.
 
-    Checkpoints whose normalised values do not fit the stored number format are left out of ``found``.
+    Takes out of ``found`` what is not wanted, and checkpoints whose normalised values do not fit the stored number
+    format; the normalisation is fitted without them.
 
     Raises:
         InputError: Too many architectures or unusable checkpoints, or too few models to fill the splits.
     """
+    _check_skipped(found, config)
+    pass_over(found, config)
+    _check_wanted(found)
     _check_architectures(found, config)
-    _check_skipped(found, config)
     splits = _split(found, config)
-    architectures = _fit(found, splits, config)
-    for position, reason in _overflowing(found, architectures, config):
-        found.leave_out(position, reason)
-    _check_skipped(found, config)
+    _check_wanted(found)
+    while True:
+        architectures = _fit(found, splits, config)
+        overflowing = _overflowing(found, architectures, config)
+        for position, reason in overflowing:
+            found.leave_out(position, reason)
+        _check_skipped(found, config)
+        if not overflowing:
+            break
     rows = [_row(found, ordinal, *usable, splits, architectures) for ordinal, usable in enumerate(found.usable())]
     models = {row.record.model: row.split for row in rows}
     check_splits([list(models.values()).count(split) for split in SPLITS], config)
-    used = {row.architecture.name for row in rows}
-    return rows, [architecture for architecture in architectures.values() if architecture.name in used]
+    return rows, list(architectures.values())
 
 
 def plan(rows: Sequence[Row], config: TokensConfig) -> list[Part]:
@@ -81,26 +98,26 @@ def plan(rows: Sequence[Row], config: TokensConfig) -> list[Part]:
     for number, split in enumerate(SPLITS):
         members = [row for row in rows if row.split == split]
         order = np.random.default_rng([config.seed, len(SPLITS), number]).permutation(len(members))
-        groups = _gather((members[index] for index in order), lambda row: _bytes(row, config), config.row_group_mb)
-        files = _gather(groups, lambda group: sum(_bytes(row, config) for row in group), config.file_mb)
+        pieces = [piece for index in order for piece in segments(members[index], config)]
+        groups = _gather(pieces, lambda piece: _bytes(piece, config), config.row_group_mb)
+        files = _gather(groups, lambda group: sum(_bytes(piece, config) for piece in group), config.file_mb)
         parts += [Part(f"tokens/split={split}/part-{index:05d}.parquet", file) for index, file in enumerate(files)]
     return parts
 
 
-def allocate(count: int, fractions: Sequence[float]) -> list[int]:
-    """Models in each split: nearest whole numbers, but at least one where the fraction is not 0 while models last."""
-    wanted = [index for index, fraction in enumerate(fractions) if fraction > 0]
-    if count <= len(wanted):
-        return [int(index in wanted[:count]) for index in range(len(fractions))]
-    exact = np.array(fractions) * count
-    counts = np.floor(exact + 1e-9).astype(int)
-    for index in np.argsort(counts - exact, kind="stable")[: count - counts.sum()]:
-        counts[index] += 1
-    for index in wanted:
-        if counts[index] == 0:
-            counts[np.argmax(counts)] -= 1
-            counts[index] = 1
-    return counts.tolist()
+def segments(row: Row, config: TokensConfig) -> list[Piece]:
+    """The whole checkpoint, or a large one cut evenly into about the size of a row group."""
+    table = row.architecture.table
+    if is_whole(table, config):
+        return [Piece(row, 0, table.num_tokens)]
+    size = table.num_tokens * bytes_per_token(table.token_size, config)
+    bounds = np.linspace(0, table.num_tokens, math.ceil(size / (config.row_group_mb * 1e6)) + 1).astype(int).tolist()
+    return [Piece(row, first, stop - first) for first, stop in itertools.pairwise(bounds) if stop > first]
+
+
+def is_whole(table: LayerTable, config: TokensConfig) -> bool:
+    """Whether checkpoints of this table are stored in one piece."""
+    return table.num_tokens * bytes_per_token(table.token_size, config) <= config.segment_mb * 1e6
 
 
 def check_splits(models: Sequence[int], config: TokensConfig) -> None:
@@ -117,6 +134,48 @@ def check_splits(models: Sequence[int], config: TokensConfig) -> None:
 def bytes_per_token(token_size: int, config: TokensConfig) -> int:
     """Bytes of a row in memory."""
     return token_size * getattr(torch, config.dtype).itemsize + _BYTES_BESIDE_VALUES
+
+
+def table_settings(config: TokensConfig) -> dict[str, Any]:
+    """How layer tables are built."""
+    return {name: getattr(config, name) for name in ("token_size", "batch_norm", "layout", "parameters")}
+
+
+def duplicates(found: Found) -> dict[int, int]:
+    """Usable checkpoints with the same weights as an earlier one, and that one."""
+    first: dict[str, int] = {}
+    same: dict[int, int] = {}
+    for position, _ in found.usable():
+        if first.setdefault(found.digests[position], position) != position:
+            same[position] = first[found.digests[position]]
+    return same
+
+
+def l2_scale(seen: Seen) -> list[float]:
+    """Norms that l2 normalisation divides a checkpoint's layers by: 1 where a layer is all zero."""
+    norms = seen.statistics[2]
+    return np.where(norms > np.finfo(np.float32).tiny, norms, 1.0).astype(np.float32).tolist()
+
+
+def pass_over(found: Found, config: TokensConfig) -> None:
+    """Takes out what can be used and is not wanted: weights above the threshold, and duplicates."""
+    if config.weight_threshold:
+        for position, _ in found.usable():
+            if (largest := found.seen[position].largest) > config.weight_threshold:
+                found.pass_over(position, f"has a weight of size {largest:.3g}, above tokens.weight_threshold")
+    if config.duplicates == "drop":
+        for position, earlier in duplicates(found).items():
+            found.pass_over(position, f"has the same weights as {found.records[earlier].id}")
+
+
+def _check_wanted(found: Found) -> None:
+    if found.usable():
+        return
+    position, reason = min(found.unwanted.items())
+    raise InputError(
+        f"none of {len(found.unwanted):,} usable checkpoints is wanted; for example, {found.records[position].id} "
+        f"{reason}"
+    )
 
 
 def _row(
@@ -160,7 +219,8 @@ def _check_architectures(found: Found, config: TokensConfig) -> None:
 
 
 def _name(key: str, record: Record) -> str:
-    return f"{record.config.get('model::type') or 'network'}-{key[:8]}"
+    kind = record.config.get("model::type") or record.config.get("model_type") or "network"
+    return f"{kind}-{key[:8]}"
 
 
 def _difference(table: LayerTable, other: LayerTable) -> str:
@@ -182,46 +242,65 @@ def _shapes(table: LayerTable) -> dict[str, tuple[int, ...]]:
 
 
 def _split(found: Found, config: TokensConfig) -> dict[str, str]:
-    """Split of every usable model. Each architecture is split on its own, so that all of them are trained on."""
-    key_of_model: dict[str, str] = {}
-    for position, key in found.usable():
-        key_of_model.setdefault(found.records[position].model, key)
-    splits: dict[str, str] = {}
-    for number, key in enumerate(dict.fromkeys(key_of_model.values())):
-        models = [model for model, other in key_of_model.items() if other == key]
-        order = np.random.default_rng([config.seed, number]).permutation(len(models))
-        names = [
-            name for name, count in zip(SPLITS, allocate(len(models), config.split), strict=True) for _ in range(count)
-        ]
-        splits |= {models[index]: name for index, name in zip(order, names, strict=True)}
+    """Split of every usable model; models without one are passed over."""
+    architecture_of = {found.records[position].model: key for position, key in reversed(found.usable())}
+    records = [found.records[position] for position, _ in found.usable()]
+    splits = assign_splits(records, architecture_of, config)
+    for position, _ in found.usable():
+        if found.records[position].model not in splits:
+            found.pass_over(position, "its model is in no split")
     return splits
 
 
 def _fit(found: Found, splits: Mapping[str, str], config: TokensConfig) -> dict[str, Architecture]:
     """Architectures by fingerprint, in order of their first checkpoint, normalised by the training split."""
-    examples: dict[str, int] = {}
+    members: dict[str, list[int]] = {}
     for position, key in found.usable():
-        examples.setdefault(key, position)
-    token_size = config.token_size or max(layer.width for key in examples for layer in found.tables[key].layers)
+        members.setdefault(key, []).append(position)
+    token_size = config.token_size or max(layer.width for key in members for layer in found.tables[key].layers)
+    given = {path: Symmetry.load(path) for path in config.symmetry}
     architectures: dict[str, Architecture] = {}
-    for key, position in examples.items():
-        name, statistics = _name(key, found.records[position]), LayerStatistics()
-        for (other, model), seen in found.statistics.items():
-            if other == key and splits[model] == "train":
-                statistics.merge(seen)
-        if statistics.models == 0:
-            raise InputError(f"architecture {name} has no model in the train split: change tokens.seed, or remove it")
-        table = _resize(found.tables[key], token_size)
-        architectures[key] = Architecture(name, table, derive_symmetry(table), fit(statistics, config.normalization))
+    for key, positions in members.items():
+        example = found.records[positions[0]]
+        trained = [found.seen[position] for position in positions if splits[found.records[position].model] == "train"]
+        if not trained:
+            raise InputError(
+                f"architecture {_name(key, example)} has no model in the train split: change tokens.seed or "
+                "tokens.split, or leave it out with tokens.where"
+            )
+        table = found.tables[key].resized(token_size)
+        symmetry = _symmetry(table, example, given)
+        architectures[key] = Architecture(_name(key, example), table, symmetry, _normalization(trained, config))
+    _check_used(given, architectures.values())
     return architectures
 
 
-def _resize(table: LayerTable, token_size: int) -> LayerTable:
-    """The same layers in tokens of another size."""
-    layers = tuple(
-        dataclasses.replace(layer, tokens_per_channel=math.ceil(layer.width / token_size)) for layer in table.layers
-    )
-    return LayerTable(token_size, layers, table.untokenized)
+def _normalization(trained: Sequence[Seen], config: TokensConfig) -> Normalization:
+    values = np.stack([seen.statistics for seen in trained])
+    mean, variance, norm = values[:, :3].sum(axis=0)
+    statistics = LayerStatistics(len(values), mean, variance, norm, values[:, 3].min(axis=0), values[:, 4].max(axis=0))
+    return fit(statistics, config.normalization)
+
+
+def _symmetry(table: LayerTable, example: Record, given: Mapping[str, Symmetry]) -> Symmetry:
+    """The first of the given symmetries that fits, else what is known of the family."""
+    return next((one for one in given.values() if _misfit(one, table) is None), None) or derive_symmetry(table)
+
+
+def _misfit(symmetry: Symmetry, table: LayerTable) -> InputError | None:
+    try:
+        symmetry.check(table)
+    except InputError as error:
+        return error
+    return None
+
+
+def _check_used(given: Mapping[str, Symmetry], architectures: Iterable[Architecture]) -> None:
+    """Raises ``InputError`` for a symmetry file that fits none of the architectures."""
+    for path, symmetry in given.items():
+        misfits = [_misfit(symmetry, architecture.table) for architecture in architectures]
+        if None not in misfits:
+            raise InputError(f"config field tokens.symmetry: {path} fits no architecture of the zoo ({misfits[0]})")
 
 
 def _overflowing(
@@ -234,7 +313,8 @@ def _overflowing(
     overflowing = []
     for position, key in found.usable():
         normalization, layers = architectures[key].normalization, architectures[key].table.layers
-        ends = np.abs((found.ranges[position] - normalization.shift) / normalization.scale).max(axis=0)
+        ends = found.seen[position].statistics[3:]
+        ends = np.abs((ends - normalization.shift) / normalization.scale).max(axis=0)
         worst = int(ends.argmax())
         if ends[worst] > limit:
             reason = f"{layers[worst].key} reaches {ends[worst]:.3g} after normalisation, too large for {config.dtype}"
@@ -242,9 +322,8 @@ def _overflowing(
     return overflowing
 
 
-def _bytes(row: Row, config: TokensConfig) -> int:
-    table = row.architecture.table
-    return table.num_tokens * bytes_per_token(table.token_size, config)
+def _bytes(piece: Piece, config: TokensConfig) -> int:
+    return piece.tokens * bytes_per_token(piece.row.architecture.table.token_size, config)
 
 
 def _gather(items: Iterable[Any], size: Callable[[Any], float], megabytes: float) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""The bar that shows how far work over checkpoints is, with the time left."""
+"""The bar that shows how far work over a zoo is, with the time left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 
-def checkpoint_bar(what: str, total: int) -> tqdm[Any]:
-    """A progress bar over checkpoints: lively on a terminal, a line now and then in a log."""
-    return tqdm(total=total, desc=what, unit="checkpoint", mininterval=0.2 if sys.stderr.isatty() else 10)
+def checkpoint_bar(what: str, total: int, unit: str = "checkpoint") -> tqdm[Any]:
+    """A progress bar over checkpoints or their parts: lively on a terminal, a line now and then in a log."""
+    return tqdm(
+        total=total, desc=what, unit=unit, unit_scale=unit == "token", mininterval=0.2 if sys.stderr.isatty() else 10
+    )

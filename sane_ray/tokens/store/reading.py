@@ -1,8 +1,16 @@
 """A token store, read: a folder of the tokens of a zoo's checkpoints and all that turns them back into weights.
 
-``store.json`` (layout of the tokens, architectures, normalisation, provenance), ``models.parquet`` (a row a checkpoint)
-and ``tokens/split=*/part-*.parquet`` (a row a token). ``sane_ray.tokens.store.writing`` writes it; this module never
-writes, never imports Ray, and refuses a store that is incomplete, damaged or of another format.
+==========================  =======================================================================================
+``store.json``              layout of the tokens, architectures, normalisation, provenance
+``models.parquet``          a row a checkpoint
+``segments.parquet``        a row a segment: where the tokens lie (a segment is all of a checkpoint but for large ones)
+``catalog.parquet``         a row for everything that the zoo held, also for what was left out
+``alignment.parquet``       a row a model and permutation, where models were aligned
+``tokens/…/part-*.parquet`` a row a token
+==========================  =======================================================================================
+
+``sane_ray.tokens.store.writing`` writes it; this module never writes, never imports Ray, and refuses a store that is
+incomplete, damaged or of another format.
 
 Shape suffixes: N tokens of a checkpoint, T token size.
 """
@@ -15,10 +23,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -32,14 +41,21 @@ from sane_ray.tokens.tokenizer import LayerTable, detokenize
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 FORMAT = "sane_ray token store"
-VERSION = 1
+VERSION = 2
 """Raised whenever a reader of the old layout would misread the new one."""
 
 SPLITS = ("train", "val", "test")
 INDEX_FILE = "store.json"
 MODELS_FILE = "models.parquet"
+SEGMENTS_FILE = "segments.parquet"
+CATALOG_FILE = "catalog.parquet"
+ALIGNMENT_FILE = "alignment.parquet"
 
-_RAW: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
+RAW_DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "float32": np.dtype("<f4"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,16 +87,27 @@ class Architecture:
         )
 
 
+class Segment(NamedTuple):
+    """A run of tokens of one checkpoint that is stored together: all of them, unless the checkpoint is large."""
+
+    checkpoint: int
+    """Ordinal of the checkpoint."""
+    first: int
+    """Its first token in the checkpoint."""
+    tokens: int
+    """Number of tokens."""
+
+
 @dataclass(frozen=True)
 class RowGroup:
-    """The unit that is read at once: whole checkpoints, their tokens one after the other."""
+    """The unit that is read at once: whole checkpoints, or one segment of a large one."""
 
     file: str
     """Token file, relative to the store."""
     index: int
     """Which of the file's row groups."""
-    checkpoints: tuple[int, ...]
-    """Ordinals of the checkpoints, in stored order."""
+    segments: tuple[Segment, ...]
+    """In stored order, their tokens one after the other."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +129,14 @@ class TokenStore:
         path: Its folder.
         index: Content of store.json.
         models: models.parquet: one row a checkpoint, in order of its ordinal.
+        segments: segments.parquet: one row a segment, in stored order.
         architectures: By name.
     """
 
     path: Path
     index: dict[str, Any]
     models: pa.Table
+    segments: pa.Table
     architectures: dict[str, Architecture]
 
     @classmethod
@@ -120,9 +149,9 @@ class TokenStore:
         folder = Path(path).expanduser().absolute()
         index = _read_index(folder)
         _check_files(folder, index["files"])
-        models = pq.read_table(folder / MODELS_FILE, memory_map=True)
+        models, segments = (pq.read_table(folder / name, memory_map=True) for name in (MODELS_FILE, SEGMENTS_FILE))
         architectures = [Architecture.from_dict(data) for data in index["architectures"]]
-        return cls(folder, index, models, {architecture.name: architecture for architecture in architectures})
+        return cls(folder, index, models, segments, {architecture.name: architecture for architecture in architectures})
 
     @property
     def token_size(self) -> int:
@@ -139,10 +168,24 @@ class TokenStore:
         """Identifies the contents: the same weights, splits and settings give the same, wherever they came from."""
         return self.index["fingerprint"]
 
+    @cached_property
+    def catalog(self) -> pa.Table:
+        """catalog.parquet: one row for each checkpoint that the zoo held, with its ``status`` and ``reason``."""
+        return pq.read_table(self.path / CATALOG_FILE)
+
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """Checkpoints of the zoo that are not in the store: ``id``, ``source``, ``reason`` each."""
-        return self.index["skipped"]
+        """Checkpoints of the zoo that are not in the store: rows of the catalog, with ``id``, ``path``, ``reason``."""
+        return self.catalog.filter(pc.field("status") == "left out").to_pylist()
+
+    @property
+    def considered(self) -> list[dict[str, Any]]:
+        """Checkpoints of the zoo whose files were read: rows of the catalog."""
+        return self.catalog.filter(pc.field("source_bytes").is_valid()).to_pylist()
+
+    def alignment(self, model: str) -> dict[str, NDArray[np.int64]]:
+        """The permutations that a model's weights were reordered by before they became tokens; empty if it was not."""
+        return self._alignments.get(model, {})
 
     @property
     def num_bytes(self) -> int:
@@ -165,27 +208,30 @@ class TokenStore:
         """The row groups of a split, in stored order."""
         return self._row_groups[_known(split)]
 
-    def read_row_group(self, group: RowGroup) -> list[tuple[int, NDArray[Any]]]:
-        """Reads one row group: ordinal and values of each checkpoint, in stored order.
+    def read_row_group(self, group: RowGroup) -> list[tuple[Segment, NDArray[Any]]]:
+        """Reads one row group: each segment with its values, in stored order.
 
         Returns:
-            Values as stored, [N, T], read-only views of one buffer: float16, float32, or bits of bfloat16 as uint16.
+            Values as stored, [tokens, T], read-only views of one buffer: float16, float32, or bits of bfloat16 as
+            uint16.
 
         Raises:
             InputError: The file is damaged.
         """
-        values = self._read_values(group)
-        stops = np.cumsum(self._column("tokens")[list(group.checkpoints)])
+        values = self._read_values(group.file, group.index)
+        stops = np.cumsum([segment.tokens for segment in group.segments])
         if len(values) != stops[-1]:
             raise self._damaged(group.file, f"row group {group.index} has {len(values)} tokens instead of {stops[-1]}")
-        return list(zip(group.checkpoints, np.split(values, stops[:-1]), strict=True))
+        return list(zip(group.segments, np.split(values, stops[:-1]), strict=True))
 
     def tokens(self, checkpoint: int) -> Tensor:
-        """Normalised tokens of one checkpoint, float32 [N, T]. Reads a whole row group: for a look, not to train."""
-        file, index = self._column("file")[checkpoint], int(self._column("row_group")[checkpoint])
-        values = self._read_values(RowGroup(file, index, ()))
-        start = int(self._column("row_offset")[checkpoint])
-        return as_float32(values[start : start + int(self._column("tokens")[checkpoint])], self.dtype)
+        """Normalised tokens of one checkpoint, float32 [N, T]. Reads whole row groups: for a look, not to train."""
+        parts = []
+        for place in np.flatnonzero(self._places("checkpoint") == checkpoint):
+            file, index = self._places("file")[place], int(self._places("row_group")[place])
+            start, tokens = int(self._places("row_offset")[place]), int(self._places("tokens")[place])
+            parts.append(as_float32(self._read_values(file, index)[start : start + tokens], self.dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def state_dict(self, checkpoint: int) -> dict[str, Tensor]:
         """Weights of one checkpoint, float32, to the precision they were stored with; only what was tokenised."""
@@ -213,35 +259,53 @@ class TokenStore:
     def _columns(self) -> dict[str, NDArray[Any]]:
         return {}
 
+    def _places(self, name: str) -> NDArray[Any]:
+        """One column of the segments."""
+        if name not in self._segment_columns:
+            self._segment_columns[name] = self.segments[name].to_numpy()
+        return self._segment_columns[name]
+
+    @cached_property
+    def _segment_columns(self) -> dict[str, NDArray[Any]]:
+        return {}
+
+    @cached_property
+    def _alignments(self) -> dict[str, dict[str, NDArray[np.int64]]]:
+        path = self.path / ALIGNMENT_FILE
+        alignments: dict[str, dict[str, NDArray[np.int64]]] = {}
+        for row in pq.read_table(path).to_pylist() if path.exists() else []:
+            alignments.setdefault(row["model"], {})[row["permutation"]] = np.array(row["order"], np.int64)
+        return alignments
+
     @cached_property
     def _metadata(self) -> dict[str, pq.FileMetaData]:
         return {}
 
     @cached_property
     def _row_groups(self) -> dict[str, list[RowGroup]]:
+        names = ("file", "row_group", "checkpoint", "first", "tokens")
+        members: dict[tuple[str, int], list[Segment]] = {}
+        for file, index, *segment in zip(*(self._places(name).tolist() for name in names), strict=True):
+            members.setdefault((file, index), []).append(Segment(*segment))
         groups: dict[str, list[RowGroup]] = {split: [] for split in SPLITS}
-        split, file, number = (self._column(name) for name in ("split", "file", "row_group"))
-        order = np.lexsort((self._column("row_offset"), number, file)).tolist()
-        members: dict[tuple[str, str, int], list[int]] = {}
-        for ordinal in order:
-            members.setdefault((split[ordinal], file[ordinal], int(number[ordinal])), []).append(ordinal)
-        for (name, path, index), ordinals in members.items():
-            groups[name].append(RowGroup(path, index, tuple(ordinals)))
+        for (file, index), segments in members.items():
+            split = self._column("split")[segments[0].checkpoint]
+            groups[split].append(RowGroup(file, index, tuple(segments)))
         return groups
 
-    def _read_values(self, group: RowGroup) -> NDArray[Any]:
+    def _read_values(self, file: str, index: int) -> NDArray[Any]:
         """All values of a row group, [tokens, T], without a copy of what Parquet gives."""
-        path = self.path / group.file
+        path = self.path / file
         try:
-            reader = pq.ParquetFile(path, memory_map=True, metadata=self._metadata.get(group.file))
-            self._metadata[group.file] = reader.metadata
-            column = reader.read_row_group(group.index, columns=["values"]).column(0)
+            reader = pq.ParquetFile(path, memory_map=True, metadata=self._metadata.get(file))
+            self._metadata[file] = reader.metadata
+            column = reader.read_row_group(index, columns=["values"]).column(0)
         except (OSError, pa.ArrowException) as error:
-            raise self._damaged(group.file, str(error)) from error
+            raise self._damaged(file, str(error)) from error
         array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        dtype = _RAW[self.dtype]
+        dtype = RAW_DTYPES[self.dtype]
         if array.type.byte_width != self.token_size * dtype.itemsize:
-            raise self._damaged(group.file, f"tokens of {array.type.byte_width} bytes")
+            raise self._damaged(file, f"tokens of {array.type.byte_width} bytes")
         start = array.offset * array.type.byte_width
         values = np.frombuffer(array.buffers()[1], dtype, count=len(array) * self.token_size, offset=start)
         return values.reshape(len(array), self.token_size)
@@ -253,9 +317,9 @@ class TokenStore:
 def to_stored(tokens_NT: Tensor, dtype: Dtype) -> NDArray[Any]:
     """Float tokens as they are stored: little-endian float16, float32, or the bits of bfloat16 as uint16."""
     if dtype == "bfloat16":
-        return tokens_NT.to(torch.bfloat16).view(torch.uint16).numpy().astype(_RAW[dtype], copy=False)
+        return tokens_NT.to(torch.bfloat16).view(torch.uint16).numpy().astype(RAW_DTYPES[dtype], copy=False)
     with np.errstate(over="ignore"):  # an overflow becomes infinite, which whoever stores it looks for
-        return tokens_NT.numpy().astype(_RAW[dtype], copy=False)
+        return tokens_NT.numpy().astype(RAW_DTYPES[dtype], copy=False)
 
 
 def as_float32(values_NT: NDArray[Any], dtype: Dtype) -> Tensor:

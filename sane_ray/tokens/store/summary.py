@@ -39,7 +39,13 @@ def _heading(store: TokenStore) -> Iterator[str]:
     yield f"  contents       {store.fingerprint[:16]}, {store.num_bytes / 1e6:,.1f} MB in {len(index['files'])} files"
     yield f"  tokens         {store.token_size} values of {store.dtype}"
     yield f"  normalisation  {index['normalization']}, per layer, from the train split"
-    yield f"  split          by model, seed {index['split']['seed']}"
+    yield f"  alignment      {_alignment(store)}"
+    yield f"  split          by {index['split']['by']}, seed {index['split']['seed']}"
+
+
+def _alignment(store: TokenStore) -> str:
+    references = ", ".join(store.index["alignment"]["references"].values())
+    return f"by weights, to {references}" if references else "none: weights as they were found"
 
 
 def _splits(store: TokenStore) -> list[str]:
@@ -64,7 +70,12 @@ def _architecture(store: TokenStore, architecture: Architecture) -> Iterator[str
         key = layer.key if layer.bias_key is None else f"{layer.key} + bias"
         shift, scale = architecture.normalization.shift[number], architecture.normalization.scale[number]
         shape = "x".join(map(str, layer.shape))
-        sizes = (f"{layer.channels:,}", str(layer.tokens_per_channel), f"{shift:.3g}", f"{scale:.3g}")
+        sizes = (
+            f"{layer.channels:,}",
+            "dense" if layer.dense else str(layer.tokens_per_channel),
+            f"{shift:.3g}",
+            f"{scale:.3g}",
+        )
         rows.append((str(number), key, layer.kind, shape, *sizes))
     yield from (f"  {line}" for line in _table(rows))
     if table.untokenized:
@@ -78,9 +89,9 @@ def _skipped(store: TokenStore) -> Iterator[str]:
         return
     yield from ("", f"left out: {len(store.skipped):,} checkpoints of the zoo")
     for row in store.skipped[:_LISTED]:
-        yield f"  {row['source']}: {row['reason']}"
+        yield f"  {row['source'] or row['id']}: {row['reason']}"
     if len(store.skipped) > _LISTED:
-        yield f"  and {len(store.skipped) - _LISTED:,} more, in store.json"
+        yield f"  and {len(store.skipped) - _LISTED:,} more, in catalog.parquet"
 
 
 def _columns(store: TokenStore) -> Iterator[str]:

