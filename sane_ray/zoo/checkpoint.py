@@ -249,9 +249,10 @@ def _mappings(
     seen.add(id(content))  # a file may hold a mapping in itself
     if not all(isinstance(key, str) for key in content):
         return
-    tensors = [value for value in content.values() if isinstance(value, Tensor)]
-    if tensors:
-        yield first_choice, sum(tensor.numel() for tensor in tensors), content
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    sizes = [value.numel() for key, value in tensors.items() if "." in key or not _NO_WEIGHTS.search(key)]
+    if sizes:
+        yield first_choice, sum(sizes), content
     if depth == _DEEPEST or "param_groups" in content:
         return
     for key, value in content.items():
@@ -364,7 +365,9 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error
 
 
 # --- Formats ----------------------------------------------------------------------------------------------------------
@@ -397,7 +400,9 @@ def _recognise(path: Path) -> str:
             raise InputError(f"{path}: no such checkpoint file; check the path, or prepare again from a complete zoo")
         size = path.stat().st_size
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error
     if size == 0:
         raise InputError(f"{path}: the checkpoint file is empty; copy it again, or remove it from the zoo")
     with _opened(path) as file:
@@ -587,8 +592,12 @@ _STAND_INS_LOCK = threading.Lock()  # torch keeps the list of what is allowed in
 
 def _torch_load(path: Path, device: str) -> Any:
     try:
-        with _STAND_INS_LOCK, torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(path, map_location=device, weights_only=True)
+        with _opened(path) as file, _STAND_INS_LOCK, torch.serialization.safe_globals(_STAND_INS):
+            return torch.load(
+                file, map_location=device, weights_only=True
+            )  # by its name, torch may take another format
+    except InputError:
+        raise
     except Exception as error:  # a damaged file fails in whatever way its bytes happen to lead to
         reason = _reason(error)
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in reason:
