@@ -60,19 +60,21 @@ class Moments:
         return self.m2 / max(self.count - 1, 1)
 
 
-@torch.no_grad()
 def moments(values: Tensor) -> Moments:
     """The moments of a tensor of any floating-point dtype and shape, in float64, without a float64 copy of it."""
     total = Moments()
-    for block in values.reshape(-1).split(_BLOCK):
-        if block.dtype != torch.float64:
-            block = block.float()  # exact, and has a minimum, which 8-bit floats have not
-        low, high = (end.item() for end in torch.aminmax(block)) if len(block) else (math.inf, -math.inf)
-        exact = block.double()
-        mean = exact.mean().item() if len(block) else 0.0
-        deviations = exact.sub_(mean) if exact is not block else exact - mean
-        total = merge(total, Moments(len(block), mean, torch.dot(deviations, deviations).item(), low, high))
+    with np.errstate(all="ignore"):  # what is not finite shows in the result
+        for block in values.detach().reshape(-1).split(_BLOCK):
+            exact = block.to("cpu", torch.float64).numpy()
+            total = merge(total, _moments_of_block(exact)) if len(exact) else total
     return total
+
+
+def _moments_of_block(values: Array) -> Moments:
+    mean = np.add.reduce(values) / len(values)
+    deviations = values - mean
+    low, high = np.minimum.reduce(values), np.maximum.reduce(values)
+    return Moments(len(values), float(mean), float(deviations @ deviations), float(low), float(high))
 
 
 def merge(first: Moments, second: Moments) -> Moments:
@@ -226,8 +228,9 @@ class Normalization:
         out = torch.empty_like(tokens_NT, dtype=torch.float32) if out is None else out
         block = max(_BLOCK // table.token_size, 1)
         for rows, layer, first, shift, scale in self._slices(tokens_NT, table, start, model_scale):
-            for values, result in zip(tokens_NT[rows].split(block), out[rows].split(block), strict=True):
-                torch.sub(values.float(), shift, out=result).div_(scale)
+            for begin in range(rows.start, rows.stop, block):
+                end = min(begin + block, rows.stop)
+                torch.sub(tokens_NT[begin:end].float(), shift, out=out[begin:end]).div_(scale)
             _clear_padding(out[rows], layer, first)
         return out, model_scale
 

@@ -196,17 +196,23 @@ def _fill_layer(out: Tensor, read: Read, layer: Layer, stride: int, offset: int)
         out, row = out[count:], row + 1
     rows = min(len(out) // stride, layer.channels - row)
     if rows > 0:
-        rows_CS = out[: rows * stride].view(rows, stride)
-        weights = _values(read, layer.key, row * layer.fan_in, (row + rows) * layer.fan_in)
-        rows_CS[:, : layer.fan_in] = weights.view(rows, -1)
-        if layer.bias_key is not None:
-            rows_CS[:, layer.fan_in] = _values(read, layer.bias_key, row, row + rows)
-        rows_CS[:, layer.width :] = 0
+        _fill_rows(out[: rows * stride].view(rows, stride), read, layer, row)
         out, row = out[rows * stride :], row + rows
-    if row < layer.channels:
+    if len(out) and row < layer.channels:
         _fill_row(out, read, layer, row, 0)
     else:
         out.zero_()  # behind the last row of a dense layer
+
+
+def _fill_rows(rows_CS: Tensor, read: Read, layer: Layer, row: int) -> None:
+    """Writes whole rows of a layer from ``row``."""
+    rows = len(rows_CS)
+    weights = _values(read, layer.key, row * layer.fan_in, (row + rows) * layer.fan_in)
+    rows_CS[:, : layer.fan_in].copy_(weights.view(rows, -1))
+    if layer.bias_key is not None:
+        rows_CS[:, layer.fan_in].copy_(_values(read, layer.bias_key, row, row + rows))
+    if layer.width < rows_CS.shape[1]:
+        rows_CS[:, layer.width :].zero_()
 
 
 def _fill_row(out: Tensor, read: Read, layer: Layer, row: int, column: int) -> None:
