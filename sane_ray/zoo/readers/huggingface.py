@@ -232,7 +232,7 @@ def _snapshot(repository: Path) -> list[tuple[Path, list[str]]]:
         folders = list(_folders(snapshot))
         if any(next(_weights(files), None) for _, files in folders):
             how = "that of refs/main" if snapshot.name == wanted else "the newest with weights, refs/main has none"
-            level = logging.INFO if snapshot.name == wanted else logging.WARNING
+            level = logging.INFO if snapshot.name == wanted or len(snapshots) == 1 else logging.WARNING
             _LOG.log(level, "%s: reading revision %s of %d: %s", repository, snapshot.name, len(snapshots), how)
             return folders
     return []

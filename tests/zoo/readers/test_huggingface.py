@@ -395,6 +395,13 @@ def test_a_cache_without_main_gives_the_newest_revision_and_says_so(tmp_path, ca
     assert f"{repository}: reading revision {OLDER} of 3: the newest with weights, refs/main has none" in caplog.text
 
 
+def test_a_cache_with_one_revision_leaves_no_doubt(tmp_path, caplog):
+    cache(tmp_path, "org/net", {COMMIT: 2})  # as a download by commit leaves it
+    with caplog.at_level(logging.WARNING):
+        assert_same(only(tmp_path), state_dict(2))
+    assert caplog.text == ""
+
+
 def test_a_main_revision_without_weights_gives_way_to_one_with_them(tmp_path):
     repository = cache(tmp_path, "org/net", {OLDER: 1}, main=COMMIT)
     (repository / "snapshots" / COMMIT).mkdir()
