@@ -209,15 +209,14 @@ def _finder(known: Collection[str]) -> Callable[[str], str | None]:
 
     @cache
     def find(name: str) -> str | None:
-        parts = name.split("/")
-        for start in range(len(parts)):
-            tail = "/".join(parts[start:])
-            if tail in known:
-                return tail
-        stem = f"{'/'.join(parts[:-1])}/{parts[-1].partition('.')[0]}".lstrip("/")
-        if "." in parts[-1][1:] and stem in known:
-            return stem
-        return find("/".join(parts[:-1])) if len(parts) > 1 else None
+        folder, slash, file = name.rpartition("/")
+        for place in (name, folder + slash + file.partition(".")[0]):  # models of loose files have no suffix
+            parts = place.split("/")
+            tails = ("/".join(parts[start:]) for start in range(len(parts)))
+            model = next((tail for tail in tails if tail in known), None)
+            if model is not None:
+                return model
+        return find(folder) if folder else None
 
     return lambda name: find(name.replace("\\", "/").strip("/"))
 
