@@ -248,7 +248,7 @@ def padded_shortcut():
 @pytest.mark.parametrize(
     "state_dict",
     [
-        nn.TransformerEncoderLayer(8, 2, 16).state_dict(),
+        nn.Transformer(8, 2, 1, 1, 8).state_dict(),
         nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1)).state_dict(),
         nn.Sequential(nn.Linear(3, 4), nn.Linear(8, 2)).state_dict(),
         nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(4, 2))).state_dict(),

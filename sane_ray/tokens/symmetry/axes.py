@@ -119,7 +119,7 @@ class Symmetry:
             InputError: It names a tensor that the architecture lacks, or that has another number of axes or another
                 size; the message says which.
         """
-        shapes = _shapes(table)
+        shapes = shapes_of(table)
         for key in self.axes:
             if key not in shapes:
                 raise InputError(f"symmetry names {key}, which the architecture lacks: use its own symmetry")
@@ -327,8 +327,8 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _shapes(table: LayerTable) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of an architecture, tokenised or not."""
+def shapes_of(table: LayerTable) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of an architecture by its key, tokenised or not."""
     shapes = {entry.key: entry.shape for entry in table.untokenized}
     for layer in table.layers:
         shapes[layer.key] = layer.shape

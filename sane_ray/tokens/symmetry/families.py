@@ -12,39 +12,47 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sane_ray.tokens.symmetry.axes import Axis, Symmetry
+from sane_ray.tokens.symmetry.blocks import inner_symmetry
+from sane_ray.tokens.symmetry.modules import Modules, Tensors, is_batch_norm, is_layer, modules_of
 from sane_ray.tokens.tokenizer import LayerTable
 
-Modules = dict[str, dict[str, tuple[int, ...]]]
 
-
-def derive_symmetry(table: LayerTable) -> Symmetry:
+def derive_symmetry(table: LayerTable, hints: Mapping[str, object] | None = None) -> Symmetry:
     """The symmetry of a network of a known family, otherwise the trivial one.
 
-    Known are:
+    Known as a whole are:
 
     * Chains: all modules are convolutions, linear layers and batch norms numbered under one prefix (``0``,
       ``module_list.3``, ``net.layers.1``), each reading the output of the one before, with elementwise functions,
       pooling and a channel-first flatten between them. Where another module has one value a channel (layer norm, group
-      norm, PReLU), the channels around it stay fixed.
-    * ResNets of basic or bottleneck blocks: ``conv1, bn1, layer{k}.{j}.{conv,bn}{n}``, shortcuts ``downsample`` or
-      ``shortcut`` of a convolution and a batch norm, and ``fc`` or ``linear``. A residual stream has one permutation
-      until a shortcut with weights begins a new one.
+      norm, PReLU), the channels around it stay fixed. So do VGGs: ``features.{n}``, then ``classifier.{n}`` or
+      ``classifier``.
+    * ResNets of basic or bottleneck blocks, wide or with grouped convolutions (whose groups move as blocks):
+      ``conv1, bn1, layer{k}.{j}.{conv,bn}{n}``, shortcuts ``downsample`` or ``shortcut`` of a convolution and a batch
+      norm, and ``fc`` or ``linear``. A residual stream has one permutation until a shortcut with weights begins a new
+      one.
+    * Wide ResNets with norms before convolutions: ``block{k}.layer.{j}.{bn1,conv1,bn2,conv2,convShortcut}``.
+
+    Of other networks the inner units of known blocks move, see ``blocks``: the hidden units of transformer layers,
+    their attention heads where ``hints`` tell how many there are, and the expanded channels of MobileNet blocks.
 
     The channels of the input and the outputs of the last layer are always fixed. What has no trace in keys and shapes
     cannot be seen: a function that treats channels unlike without having weights, a skip connection in a chain, or
-    that a convolution is transposed if it has as many inputs as outputs.
+    that a convolution is transposed if it has as many inputs as outputs. ``sane_ray.tokens.tracing`` sees them.
 
     Args:
         table: Its tokenised and untokenised entries are both looked at, so batch norms are permuted even if they are
             not tokenised.
+        hints: What a config file says of the model: ``num_attention_heads`` (or ``n_head``, ``num_heads``, ``nhead``),
+            ``num_key_value_heads``, ``hidden_size`` (or ``n_embd``, ``d_model``). Others are ignored.
     """
-    modules = _modules(table)
-    for family in (_chain, _resnet):
+    modules = modules_of(table)
+    for family in (_chain, _vgg, _resnet, _pre_activation_resnet):
         try:
             return family(modules)
         except _NotThisFamily:
             continue
-    return Symmetry({}, {})
+    return inner_symmetry(modules, hints or {})
 
 
 class _NotThisFamily(Exception):
@@ -75,23 +83,32 @@ class _Assembly:
 
     def layer(self, module: str, source: _Stream | None, name: str | None) -> _Stream:
         """A convolution or linear layer that reads ``source`` (None: the network's input) and writes ``name``."""
-        tensors = self._take(module)
-        if not _is_layer(tensors):
-            raise _NotThisFamily
-        channels, inputs, *kernel = tensors["weight"]
+        channels, inputs, *kernel = self._take_layer(module)
         if source is not None and not source.feeds(inputs, flattened=not kernel):
             raise _NotThisFamily
-        self._name(f"{module}.weight", (name, source.name if source else None, *[None] * len(kernel)))
-        if "bias" in tensors:
-            self._name(f"{module}.bias", (name,))
+        self._name_layer(module, (name, source.name if source else None, *[None] * len(kernel)))
         if name is not None:
             self.sizes[name] = channels
         return _Stream(channels, name, maps=bool(kernel))
 
+    def grouped(self, module: str, source: _Stream) -> _Stream:
+        """A convolution in groups, which move as blocks and take the permutation of what they read with them."""
+        channels, inputs, *kernel = self._take_layer(module)
+        groups, rest = divmod(source.size, inputs)
+        if not kernel or rest or channels % groups or source.name is None:
+            raise _NotThisFamily
+        self.sizes[source.name] = groups
+        self._name_layer(module, (source.name, *[None] * (1 + len(kernel))))
+        return _Stream(channels, source.name, maps=True)
+
+    def inputs_of(self, module: str) -> int:
+        """Channels that a layer's weight says it reads, of one group."""
+        return (*self.modules.get(module, {}).get("weight", ()), 0, 0)[1]
+
     def norm(self, module: str, stream: _Stream) -> None:
         """A batch norm of a stream."""
         tensors = self._take(module)
-        if not _is_batch_norm(tensors) or not stream.feeds(tensors["running_mean"][0], flattened=True):
+        if not is_batch_norm(tensors) or not stream.feeds(tensors["running_mean"][0], flattened=True):
             raise _NotThisFamily
         for tensor in tensors:
             self._name(f"{module}.{tensor}", (stream.name,))
@@ -106,6 +123,17 @@ class _Assembly:
             raise _NotThisFamily
         return Symmetry(self.axes, self.sizes)
 
+    def _take_layer(self, module: str) -> tuple[int, ...]:
+        tensors = self._take(module)
+        if not is_layer(tensors):
+            raise _NotThisFamily
+        return tensors["weight"]
+
+    def _name_layer(self, module: str, names: tuple[Axis, ...]) -> None:
+        self._name(f"{module}.weight", names)
+        if "bias" in self.modules[module]:
+            self._name(f"{module}.bias", names[:1])
+
     def _take(self, module: str) -> dict[str, tuple[int, ...]]:
         if module not in self.modules:
             raise _NotThisFamily
@@ -117,37 +145,9 @@ class _Assembly:
             self.axes[key] = names
 
 
-def _modules(table: LayerTable) -> Modules:
-    """Shapes of the tensors of each module, scalars and counters left out."""
-    shapes = {entry.key: entry.shape for entry in table.untokenized}
-    for layer in table.layers:
-        shapes[layer.key] = layer.shape
-        if layer.bias_key is not None:
-            shapes[layer.bias_key] = layer.shape[:1]
-    modules: Modules = {}
-    for key, shape in shapes.items():
-        module, _, name = key.rpartition(".")
-        if shape and name != "num_batches_tracked":
-            modules.setdefault(module, {})[name] = shape
-    return modules
-
-
-def _is_layer(tensors: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a module is a convolution or linear layer: a weight, and at most one bias a channel."""
-    weight = tensors.get("weight", ())
-    return len(weight) >= 2 and tensors.keys() <= {"weight", "bias"} and tensors.get("bias", weight[:1]) == weight[:1]
-
-
-def _is_batch_norm(tensors: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a module is a batch norm: running statistics, and at most weight and bias of the same length."""
-    statistics = {"running_mean", "running_var"}
-    one_length = len(set(tensors.values())) == 1 and all(len(shape) == 1 for shape in tensors.values())
-    return one_length and statistics <= tensors.keys() <= statistics | {"weight", "bias"}
-
-
-def _leaves_channels_alone(tensors: Mapping[str, tuple[int, ...]]) -> bool:
+def _leaves_channels_alone(tensors: Tensors) -> bool:
     """Whether a module between two layers treats all channels alike: a batch norm, or single values for all."""
-    return _is_batch_norm(tensors) or all(math.prod(shape) == 1 for shape in tensors.values())
+    return is_batch_norm(tensors) or all(math.prod(shape) == 1 for shape in tensors.values())
 
 
 def _chain(modules: Modules) -> Symmetry:
@@ -155,8 +155,31 @@ def _chain(modules: Modules) -> Symmetry:
     paths = [re.fullmatch(r"(|.+\.)(\d+)", module) for module in modules]
     if not all(paths) or len({path[1] for path in paths if path}) != 1:
         raise _NotThisFamily
-    ordered = sorted(modules, key=lambda module: int(module.rpartition(".")[2]))
-    places = [place for place, module in enumerate(ordered) if _is_layer(modules[module])]
+    return _in_order(modules, sorted(modules, key=lambda module: int(module.rpartition(".")[2])))
+
+
+def _vgg(modules: Modules) -> Symmetry:
+    """Numbered convolutions and norms under ``features``, then linear layers under ``classifier``."""
+    paths = {module: re.fullmatch(r"(|.+\.)(features|classifier)(?:\.(\d+))?", module) for module in modules}
+    found = {module: (path[1], path[2], int(path[3] or 0)) for module, path in paths.items() if path}
+    features = [module for module in found if found[module][1] == "features"]
+    heads = [module for module in found if found[module][1] == "classifier"]
+    plain = all(is_layer(modules[module]) or is_batch_norm(modules[module]) for module in modules)
+    flat = any(len(modules[module].get("weight", ())) == 2 for module in features)
+    deep = any(len(modules[module].get("weight", ())) > 2 for module in heads)
+    one_prefix = len({prefix for prefix, _, _ in found.values()}) == 1
+    if found.keys() != modules.keys() or not features or not heads or not one_prefix or not plain or flat or deep:
+        raise _NotThisFamily
+    ordered = [
+        *sorted(features, key=lambda module: found[module][2]),
+        *sorted(heads, key=lambda module: found[module][2]),
+    ]
+    return _in_order(modules, ordered)
+
+
+def _in_order(modules: Modules, ordered: list[str]) -> Symmetry:
+    """Modules of which each reads the one before."""
+    places = [place for place, module in enumerate(ordered) if is_layer(modules[module])]
     if not places:
         raise _NotThisFamily
     assembly, stream = _Assembly(modules), None
@@ -167,7 +190,7 @@ def _chain(modules: Modules) -> Symmetry:
         free = place != places[-1] and all(_leaves_channels_alone(modules[module]) for module in between)
         stream = assembly.layer(layer, stream, layer if free else None)
         for module in between:
-            if free and _is_batch_norm(modules[module]):
+            if free and is_batch_norm(modules[module]):
                 assembly.norm(module, stream)
             else:
                 assembly.skip(module)
@@ -205,9 +228,39 @@ def _residual_block(assembly: _Assembly, block: str, parts: set[str], stream: _S
     depth = 3 if "conv3" in parts else 2
     inner = stream
     for place in range(1, depth + 1):
-        name = result.name if place == depth else f"{block}.conv{place}"
-        inner = assembly.layer(f"{block}.conv{place}", inner, name)
+        conv = f"{block}.conv{place}"
+        if depth == 3 and place == 2 and assembly.inputs_of(conv) != inner.size:
+            inner = assembly.grouped(conv, inner)
+        else:
+            inner = assembly.layer(conv, inner, result.name if place == depth else conv)
         assembly.norm(f"{block}.bn{place}", inner)
     if inner.size != result.size:  # a shortcut that pads channels with zeros ties them to their places
         raise _NotThisFamily
     return result
+
+
+def _pre_activation_resnet(modules: Modules) -> Symmetry:
+    """Wide ResNet with norms before convolutions, as in re-basin code; a shortcut reads what the first norm made."""
+    blocks: dict[tuple[str, int, int], set[str]] = {}
+    for module in modules:
+        part = re.fullmatch(r"(|.+\.)block(\d+)\.layer\.(\d+)\.(\w+)", module)
+        if part:
+            blocks.setdefault((part[1], int(part[2]), int(part[3])), set()).add(part[4])
+    if len({prefix for prefix, _, _ in blocks}) != 1:
+        raise _NotThisFamily
+    prefix = next(iter(blocks))[0]
+    assembly = _Assembly(modules)
+    stream = assembly.layer(f"{prefix}conv1", None, f"{prefix}conv1")
+    for _, stage, place in sorted(blocks):
+        block = f"{prefix}block{stage}.layer.{place}"
+        assembly.norm(f"{block}.bn1", stream)
+        inner = assembly.layer(f"{block}.conv1", stream, f"{block}.conv1")
+        assembly.norm(f"{block}.bn2", inner)
+        if "convShortcut" in blocks[prefix, stage, place]:
+            stream = assembly.layer(f"{block}.convShortcut", stream, f"{block}.convShortcut")
+        result = assembly.layer(f"{block}.conv2", inner, stream.name)
+        if result.size != stream.size:
+            raise _NotThisFamily
+    assembly.norm(f"{prefix}bn1", stream)
+    assembly.layer(f"{prefix}fc", stream, None)
+    return assembly.finish()
