@@ -48,7 +48,7 @@ def splits(**paths: list[str]) -> str:
         split: {
             "path": names,
             "score": [0.5 + i / 100 for i in range(len(names))],
-            "step": [7 * (i + 1) for i in range(3)],
+            "step": [7 * (i + 1) for i in range(len(names))],
         }
         for split, names in paths.items()
     }
