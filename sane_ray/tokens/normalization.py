@@ -62,11 +62,11 @@ class Moments:
 
 def moments(values: Tensor) -> Moments:
     """The moments of a tensor of any floating-point dtype and shape, in float64, without a float64 copy of it."""
-    total = Moments()
+    flat, total = values.detach().reshape(-1), Moments()
     with np.errstate(all="ignore"):  # what is not finite shows in the result
-        for block in values.detach().reshape(-1).split(_BLOCK):
-            exact = block.to("cpu", torch.float64).numpy()
-            total = merge(total, _moments_of_block(exact)) if len(exact) else total
+        for begin in range(0, len(flat), _BLOCK):
+            block = flat[begin : begin + _BLOCK].to("cpu", torch.float64)
+            total = merge(total, _moments_of_block(block.numpy()))
     return total
 
 

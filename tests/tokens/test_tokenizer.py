@@ -316,8 +316,9 @@ def test_tokens_of_another_size_and_unusable_input_are_refused():
         discover_token_size({})
 
 
-def test_a_table_survives_json_and_pickle(parity):
-    table = build_layer_table(small_bn(parity), token_size=16)
+@pytest.mark.parametrize("layout", ["sparse", "dense", "mixed"])
+def test_a_table_survives_json_and_pickle(parity, layout):
+    table = build_layer_table(small_bn(parity), token_size=16, layout=layout)
     again = LayerTable.from_dict(json.loads(json.dumps(table.to_dict())))
     assert again == table and hash(again) == hash(table) and again.fingerprint == table.fingerprint
     size = len(pickle.dumps(table))
@@ -325,9 +326,10 @@ def test_a_table_survives_json_and_pickle(parity):
     assert pickle.loads(pickle.dumps(table)) == table
 
 
-def test_the_fingerprint_identifies_the_architecture_and_not_the_token_size():
+def test_the_fingerprint_identifies_the_architecture_and_not_its_tokens():
     base = build_layer_table(linear()).fingerprint
     assert build_layer_table(linear(), token_size=1).fingerprint == base
+    assert build_layer_table(linear(), token_size=3, layout="dense").fingerprint == base
     others = [
         linear(inputs=4),
         {"b.weight": torch.zeros(2, 3), "b.bias": torch.zeros(2)},
