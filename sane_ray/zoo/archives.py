@@ -8,7 +8,6 @@ folder appears when it is complete. Archives inside the archive stay as they are
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import lzma
 import os
@@ -95,10 +94,17 @@ def extract(archive: str | Path, folder: str | Path, *, limits: Limits | None = 
         raise InputError(f"{folder} exists already: {archive} is not unpacked over it; move it away")
     unfinished = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(unfinished, ignore_errors=True)  # of an earlier attempt that was killed
-    unfinished.mkdir(parents=True)
     try:
+        unfinished.mkdir(parents=True)
         _unpack(archive, unfinished, limits or Limits())
         unfinished.rename(folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        where = f" at {error.filename}" if error.filename else ""
+        raise InputError(
+            f"{archive}: cannot be unpacked{where} ({error.strerror or error}); make room or give access, or unpack it "
+            "elsewhere and name the folder"
+        ) from error
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -173,11 +179,6 @@ def _unpack(archive: Path, root: Path, limits: Limits) -> None:
         raise InputError(
             f"{archive}: packed in a way that cannot be read ({error}); pack it again as tar.gz"
         ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{archive}: the disk of {root.parent} is full; free room, or unpack elsewhere") from error
-        where = f" at {error.filename}" if error.filename else ""
-        raise InputError(f"{archive}: cannot be unpacked{where} ({error.strerror or error})") from error
 
 
 def _unpack_zip(archive: Path, root: Path, limits: Limits) -> None:
@@ -196,14 +197,28 @@ def _zip_entry(archive: Path, opened: zipfile.ZipFile, info: zipfile.ZipInfo) ->
     if info.is_dir() or stat.S_ISDIR(mode):
         return _Entry(name, "folder")
     if stat.S_ISLNK(mode):
-        return _Entry(name, "symbolic link", target=os.fsdecode(opened.read(info)[:4096]))
+        if info.file_size > _LONGEST_PATH:
+            raise InputError(f"{archive}: {name} is a link of {info.file_size:,} bytes; it is refused")
+        return _Entry(name, "symbolic link", target=os.fsdecode(opened.read(info)))
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
         raise InputError(f"{archive}: {name} is a device or a pipe, no file; it is refused")
     return _Entry(name, "file", info.file_size, open=lambda: opened.open(info))
 
 
+_LONGEST_PATH = 4096
+_LARGEST_HEADER = 1 << 20
+_LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *tarfile.GNU_TYPES[:2])  # read into memory
+
+
 class _StrictHeader(tarfile.TarInfo):
     """Headers that fail where they are cut or damaged, where ``tarfile`` takes that for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _LONG_HEADERS and header.size > _LARGEST_HEADER:
+            raise tarfile.ReadError(f"{header.name!r} has {header.size:,} bytes of header")
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: Any) -> Any:

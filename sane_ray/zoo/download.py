@@ -29,7 +29,7 @@ from sane_ray.errors import InputError
 from sane_ray.zoo.archives import DamagedArchive, extract, stem
 from sane_ray.zoo.public import PublicZoo, find, listing, where
 
-__all__ = ["ARCHIVE", "RemoteFile", "download", "fetch", "listing"]
+__all__ = ["ARCHIVE", "RemoteFile", "download", "fetch", "license_of", "listing"]
 
 ARCHIVE = "https://zenodo.org"
 """Where the records of ``zoo/public.py`` are kept."""
@@ -44,6 +44,7 @@ BLOCK = 1 << 14
 """Bytes read at a time; what is not a whole block yet is lost when the connection is."""
 
 _LONGEST_PAUSE, _REDIRECTS, _TIMEOUT = 120.0, 5, (20, 60)
+_WHO = {"User-Agent": "sane_ray"}
 _LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -86,7 +87,10 @@ def fetch(zoo: str | PublicZoo, folder: str | Path, *, base_url: str = ARCHIVE, 
     if _is_complete(destination):
         shutil.rmtree(work, ignore_errors=True)  # what a kill at the very end may have left
         return destination
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{work.parent} cannot hold a zoo ({error.strerror}): name another --storage") from error
     with _alone(work, zoo):
         if not _is_complete(destination):
             files, license_name = _contents(zoo, base_url, pause)
@@ -94,6 +98,16 @@ def fetch(zoo: str | PublicZoo, folder: str | Path, *, base_url: str = ARCHIVE, 
             _write_provenance(zoo, files, license_name, _gather(zoo, files, work, pause)).rename(destination)
         shutil.rmtree(work, ignore_errors=True)
     return destination
+
+
+def license_of(folder: str | Path) -> str | None:
+    """The licence of a zoo that ``fetch`` has downloaded; None for any other folder."""
+    path = Path(folder) / PROVENANCE
+    try:
+        stated = json.loads(path.read_text())["license"] if path.is_file() else None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error!r}): remove the folder, and download the zoo again") from error
+    return stated if isinstance(stated, str) else None
 
 
 def download(file: RemoteFile, path: Path, *, pause: float = 1.0) -> None:
@@ -359,7 +373,7 @@ def _get(address: str, headers: dict[str, str]) -> requests.Response:
     came_from = address
     for _ in range(_REDIRECTS + 1):
         _check_address(address, came_from)
-        response = requests.get(address, headers=headers, stream=True, timeout=_TIMEOUT, allow_redirects=False)
+        response = requests.get(address, headers=headers | _WHO, stream=True, timeout=_TIMEOUT, allow_redirects=False)
         if not response.is_redirect:
             return _checked(response, address)
         response.close()

@@ -85,7 +85,8 @@ ZOOS = (
     _model_zoo("tiny-imagenet-resnet18", 7023277, "ResNet-18 on Tiny-ImageNet, some epochs"),
     PublicZoo(
         "cnn-wild-park",
-        "117,241 checkpoints of 2,800 CNNs of many shapes on CIFAR-10 (Kofinas et al. 2024)",
+        "117,241 checkpoints of 2,800 CNNs of many shapes on CIFAR-10 (Kofinas et al. 2024); put "
+        "cnn_park_splits.json beside the zip for the published split",
         reader="cnn_wild_park",
         license="as the record states it",
         record=12797219,

@@ -4,6 +4,7 @@ import io
 import lzma
 import os
 import random
+import resource
 import stat
 import struct
 import tarfile
@@ -225,6 +226,46 @@ def test_what_the_disk_has_no_room_for_is_refused_before_it_is_written(place):
     info.size = 1 << 60
     (place / "x.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT))
     refused(place / "x.tar", place, "GB more are needed", Limits(small=1 << 62))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_write_that_fails_in_the_middle_leaves_nothing(kind, place):
+    """As on a full disk: no file may grow beyond 100 kB."""
+    archive = pack(place / f"x.{kind}", {"small": b"1", "large": b"1" * 300_000}, kind)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        refused(archive, place, "cannot be unpacked.*large.*make room|cannot be unpacked.*too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_place_that_is_no_folder_is_refused(place):
+    archive = pack(place / "x.zip", CONTENT, "zip")
+    with pytest.raises(InputError, match="cannot be unpacked"):
+        extract(archive, archive / "out")
+
+
+@pytest.mark.parametrize("type_", [b"x", b"g", b"X", b"L", b"K"])
+def test_headers_that_would_fill_the_memory_are_refused(type_, place):
+    info = tarfile.TarInfo("long")
+    info.type, info.size = type_, 1 << 40
+    good = member("good", b"1")[0].tobuf() + b"1".ljust(512, b"\0")
+    for before in (b"", good):
+        (place / "x.tar").write_bytes(before + info.tobuf(tarfile.GNU_FORMAT))
+        refused(place / "x.tar", place, "bytes of header", error=DamagedArchive)
+
+
+def test_long_names_are_kept(tmp_path):
+    name = f"{'d' * 200}/{'f' * 200}"
+    for format_ in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "x.tar", "w", format=format_) as archive:
+            archive.addfile(member(name, b"1")[0], io.BytesIO(b"1"))
+        assert (extract(tmp_path / "x.tar", tmp_path / str(format_)) / name).read_bytes() == b"1"
+
+
+def test_links_that_would_fill_the_memory_are_refused(place):
+    refused(pack_zip(place / "x.zip", [zip_link("link", "x" * 5000)]), place, "link is a link of 5,000 bytes")
 
 
 def test_zips_that_hold_more_than_they_say_are_refused(place):

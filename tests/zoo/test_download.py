@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from sane_ray.errors import InputError
 from sane_ray.zoo import public
 from sane_ray.zoo.archives import DamagedArchive
 from sane_ray.zoo.catalog import discover
-from sane_ray.zoo.download import BLOCK, RemoteFile, download, fetch
+from sane_ray.zoo.download import BLOCK, RemoteFile, download, fetch, license_of
 from sane_ray.zoo.public import PublicZoo, find, listing
 
 NAME, RECORD, KEY = "cifar10-cnn-sample", 13144018, "cifar10_cnn_sample_ep21-25.zip"
@@ -452,6 +453,39 @@ def test_what_the_disk_cannot_hold_is_refused_before_it_is_downloaded(archive, t
     with pytest.raises(InputError, match=r"needs 1,152,921,504.6 GB"):
         fetch(NAME, tmp_path, base_url=archive.url, pause=PAUSE)
     assert archive.ranges_asked() == []
+
+
+def test_a_write_that_fails_is_told_and_gone_on_from(archive, tmp_path):
+    """As on a full disk: no file may grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 * BLOCK, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot be saved \(File too large\).*goes on"):
+            fetch(NAME, tmp_path, base_url=archive.url, pause=PAUSE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    fetch(NAME, tmp_path, base_url=archive.url, pause=PAUSE)
+    assert archive.ranges_asked() == [None, f"bytes={8 * BLOCK}-"]
+
+
+def test_a_storage_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file cannot hold a zoo"):
+        fetch(NAME, tmp_path / "file")
+
+
+def test_licence_of_a_downloaded_zoo(archive, tmp_path):
+    folder = fetch(NAME, tmp_path, base_url=archive.url, pause=PAUSE)
+    assert license_of(folder) == "cc-by-4.0"
+    assert license_of(tmp_path) is None
+    (folder / ".download.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        license_of(folder)
+
+
+def test_a_record_that_states_no_licence_has_the_one_of_the_table(archive, tmp_path):
+    archive.record = {"files": [archive.entry(KEY)]}
+    assert license_of(fetch(NAME, tmp_path, base_url=archive.url, pause=PAUSE)) == "CC-BY-4.0"
 
 
 def test_a_folder_of_that_name_that_was_not_downloaded_is_left_alone(archive, tmp_path):
