@@ -104,7 +104,8 @@ def test_reasons_name_what_failed_or_is_missing():
         "a": "does not meet acc > 0.3", "c": "loss is NaN", "d": "acc is missing", "e": "acc is missing",
     }  # fmt: skip
     assert reasons("1 / loss > 0") == {
-        "b": "1 / loss > 0 cannot be computed", "c": "loss is NaN", "d": "does not meet 1 / loss > 0", "e": "loss is missing"
+        "b": "1 / loss > 0 cannot be computed", "c": "loss is NaN",
+        "d": "does not meet 1 / loss > 0", "e": "loss is missing",
     }  # fmt: skip
     assert reasons("config['model::nlin'] == 'relu'")["c"] == "config['model::nlin'] is missing"
     assert reasons("kind in ('ü', 'cnn') and acc>0")["b"] == "does not meet kind in ('ü', 'cnn')"
