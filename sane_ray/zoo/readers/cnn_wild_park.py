@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +86,14 @@ class _Published:
 def discover(root: Path) -> list[Record]:
     """Lists the checkpoints of a zip, or of a folder and the zips right in it, runs in order of name.
 
-    A checkpoint's epoch is its step where all of its run are known, else the number of its folder. One that lies both
-    in a zip and extracted is listed once, extracted.
+    A checkpoint's epoch is its step where that is known, else the number of its folder. One that lies both in a zip
+    and extracted is listed once, extracted.
 
     Raises:
         InputError: ``root`` is a zip that cannot be read, or the file of splits is damaged.
     """
     if root.is_file():
-        if root.suffix != ".zip":
+        if root.suffix.lower() != ".zip":
             return []
         places, splits_files = _zip_places(root), [root.parent / SPLITS]
         zips = [root]
@@ -131,27 +130,23 @@ def _records(places: list[_Place], published: Mapping[tuple[str, int], _Publishe
             len(places),
             SPLITS,
         )
-    for run, group in groupby(places, key=lambda place: place.run):
-        found = list(group)
-        inside = [_inside(place) if few else None for place in found]
-        known = [published.get((run.rpartition("/")[2], place.number)) for place in found]
-        properties = [
-            (opened.properties if opened else {}) | (public.properties if public else {})
-            for opened, public in zip(inside, known, strict=True)
-        ]
-        epochs = _epochs(found, properties)
-        for place, opened, public, values, epoch in zip(found, inside, known, properties, epochs, strict=True):
-            yield Record(
-                id=f"{run}/{epoch}",
-                model=run,
-                epoch=epoch,
-                path=place.path,
-                properties=values,
-                config=opened.config if opened else {},
-                reader=NAME,
-                member=place.member,
-                split=public.split if public else None,
-            )
+    for place in places:
+        opened = _inside(place) if few else None
+        public = published.get((place.run.rpartition("/")[2], place.number))
+        properties = (opened.properties if opened else {}) | (public.properties if public else {})
+        step = properties.get("step")
+        epoch = step if isinstance(step, int) else place.number
+        yield Record(
+            id=f"{place.run}/{epoch}",
+            model=place.run,
+            epoch=epoch,
+            path=place.path,
+            properties=properties,
+            config=opened.config if opened else {},
+            reader=NAME,
+            member=place.member,
+            split=public.split if public else None,
+        )
 
 
 def _inside(place: _Place) -> WildParkCheckpoint | None:
@@ -160,12 +155,6 @@ def _inside(place: _Place) -> WildParkCheckpoint | None:
         return _read(place.path, place.member)
     except InputError:
         return None
-
-
-def _epochs(places: list[_Place], properties: list[dict[str, Value]]) -> list[int]:
-    """The steps of a run's checkpoints, if all are known and differ; else the numbers of their folders."""
-    steps = [step for values in properties if isinstance(step := values.get("step"), int)]
-    return steps if len(set(steps)) == len(places) else [place.number for place in places]
 
 
 def _folder_places(root: Path) -> tuple[list[_Place], list[Path]]:
