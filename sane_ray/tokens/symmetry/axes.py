@@ -246,34 +246,45 @@ def gather_indices(
             break
         low, high = max(start - layer_start, 0), min(stop - layer_start, layer.num_tokens)
         out = indices[(layer_start + low - start) * size : (layer_start + high - start) * size]
-        _gather_layer(out, layer, low * size, size, symmetry, permutations)
-        out += layer_start * size
+        _gather_layer(out, layer, layer_start * size, low * size, size, symmetry, permutations)
     return indices
 
 
 def _gather_layer(
-    out: Indices, layer: Layer, low: int, token_size: int, symmetry: Symmetry, permutations: Mapping[str, Indices]
+    out: Indices,
+    layer: Layer,
+    origin: int,
+    low: int,
+    token_size: int,
+    symmetry: Symmetry,
+    permutations: Mapping[str, Indices],
 ) -> None:
-    """Fills in the sources of the values from ``low`` on, all counted from the start of the layer's rows."""
+    """Fills in the sources of a layer's values from ``low`` on, counted from ``origin``, where the layer begins."""
+    symmetry._check_tensor(layer.key, layer.shape)
     stride = layer.stride(token_size)
     row, skipped = divmod(low, stride)
     rows = slice(row, min(-(-(low + len(out)) // stride), layer.channels))
-    symmetry._check_tensor(layer.key, layer.shape)
-    sources_RS = (_order(layer.key, 0, layer.channels, symmetry, permutations)[rows] * stride)[:, None] + _columns(
-        layer, stride, symmetry, permutations
-    )
-    if layer.bias_key is not None:
+    starts_R = _order(layer.key, 0, layer.channels, symmetry, permutations)[rows] * stride + origin
+    columns_S = _columns(layer, stride, symmetry, permutations)
+    whole = not skipped and len(starts_R) * stride == len(out)
+    sources_RS = np.add(starts_R[:, None], columns_S, out=out.reshape(-1, stride) if whole else None)
+    if layer.bias_key is not None and symmetry.axes.get(layer.bias_key, (None,))[0] != _axes(layer, symmetry)[0]:
         biases_R = _order(layer.bias_key, 0, layer.channels, symmetry, permutations)[rows]
-        sources_RS[:, layer.fan_in] = biases_R * stride + layer.fan_in
-    found = sources_RS.reshape(-1)[skipped : skipped + len(out)]
-    out[: len(found)] = found
-    out[len(found) :] = np.arange(low + len(found), low + len(out))  # the padding at a dense layer's end
+        sources_RS[:, layer.fan_in] = biases_R * stride + (origin + layer.fan_in)
+    if not whole:
+        found = sources_RS.reshape(-1)[skipped : skipped + len(out)]
+        out[: len(found)] = found
+        out[len(found) :] = np.arange(low + len(found), low + len(out)) + origin  # padding at a dense layer's end
+
+
+def _axes(layer: Layer, symmetry: Symmetry) -> tuple[Axis, ...]:
+    return symmetry.axes.get(layer.key, (None,) * len(layer.shape))
 
 
 def _columns(layer: Layer, stride: int, symmetry: Symmetry, permutations: Mapping[str, Indices]) -> Indices:
     """Sources of the values of a row within a row, [stride]."""
     columns_S = np.arange(stride)
-    names = symmetry.axes.get(layer.key, ())
+    names = _axes(layer, symmetry)
     if any(names[1:]):
         inputs = columns_S[: layer.fan_in].reshape(layer.shape[1:])
         for axis, name in enumerate(names[1:]):
