@@ -11,9 +11,9 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -74,6 +74,7 @@ def parse(
         InputError: an unknown field, a value of the wrong type, or one that the config refuses.
     """
     arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    arguments = _with_values(arguments, _switches(job))
     parser = _parser(job, presets, examples)
     try:
         if presets:
@@ -99,6 +100,25 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _switches(job: Any, prefix: str = "--") -> set[str]:
+    """Flags of the fields that are true or false."""
+    kinds = get_type_hints(job)
+    switches = {f"{prefix}{name}" for name, kind in kinds.items() if kind is bool}
+    for name, kind in kinds.items():
+        if dataclasses.is_dataclass(kind):
+            switches |= _switches(kind, f"{prefix}{name}.")
+    return switches
+
+
+def _with_values(arguments: Sequence[str], switches: Collection[str]) -> list[str]:
+    """``--audit`` alone as ``--audit=true``; a value that follows stays."""
+    following = [*arguments[1:], "--"][: len(arguments)]
+    return [
+        f"{argument}=true" if argument in switches and after.startswith("--") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _parser(job: type, presets: Mapping[str, Callable[[], Any]] | None, examples: str) -> ArgumentParser:

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from sane_ray.cli import parse, run_job
-from sane_ray.config import PRESETS, PretrainJob
+from sane_ray.config import PRESETS, PrepareJob, PretrainJob
 from sane_ray.errors import InputError
 
 
@@ -116,3 +116,17 @@ def test_bad_input_ends_with_status_2_and_other_errors_keep_their_traceback(caps
     with pytest.raises(SystemExit) as ended:
         run_job(PretrainJob, interrupt, argv=[])
     assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "audit"),
+    [
+        ([], False),
+        (["--audit"], True),
+        (["--audit", "--dry-run"], True),
+        (["--audit", "false"], False),
+        (["--audit=true"], True),
+    ],
+)
+def test_a_field_that_is_true_or_false_is_a_switch(arguments: list[str], audit: bool):
+    assert parse(PrepareJob, argv=arguments)[0].audit is audit
