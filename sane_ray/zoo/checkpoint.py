@@ -359,6 +359,10 @@ def _read_values(file: BufferedReader, offset: int, count: int, dtype: torch.dty
     return buffer.view(dtype)
 
 
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
     try:
