@@ -193,7 +193,7 @@ def test_weights_come_back_from_every_spelling(tmp_path: Path, spelling: str, wr
     assert [record.epoch for record in records] == [0, 7]
     for record in records:
         loaded = tune.open_checkpoint(record).state_dict()
-        assert list(loaded) == ["layer.weight", "bias"]
+        assert list(loaded) == ["layer.weight", "layer.bias"]
         assert all(torch.equal(loaded[key], value) for key, value in weights[record.epoch].items())
 
 
