@@ -84,8 +84,8 @@ def extract(archive: str | Path, folder: str | Path, *, limits: Limits | None = 
 
     Raises:
         DamagedArchive: The archive is truncated or damaged, or no archive; nothing is left behind.
-        InputError: It is encrypted, too large for the disk, or holds a name, a link or a
-            device that could reach outside the folder; nothing is left behind.
+        InputError: It is encrypted, a bomb, too large for the disk, or holds a name, a link or a device that could
+            reach outside the folder; nothing is left behind.
     """
     archive, folder = Path(archive), Path(folder)
     if not archive.is_file():
@@ -154,6 +154,9 @@ def _kind(path: Path) -> str | None:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
 
 
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, struct.error, EOFError, ValueError)
+
+
 def _unpack(archive: Path, root: Path, limits: Limits) -> None:
     kind = _kind(archive)
     if kind is None:
@@ -163,16 +166,10 @@ def _unpack(archive: Path, root: Path, limits: Limits) -> None:
             _unpack_zip(archive, root, limits)
         else:
             _unpack_tar(archive, root, limits, "" if kind == "tar" else kind)
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        lzma.LZMAError,
-        zlib.error,
-        struct.error,
-        EOFError,
-        ValueError,
-    ) as error:
-        if isinstance(error, InputError):
+    except InputError:
+        raise
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the archive's
             raise
         raise DamagedArchive(f"{archive}: truncated or damaged ({error}); copy or download it again") from error
     except (NotImplementedError, RuntimeError) as error:

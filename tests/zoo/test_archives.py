@@ -314,6 +314,16 @@ def test_damaged_archives_never_crash_and_never_reach_outside(kind, place):
         assert after == before
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar.gz", "tar.xz", "tar.bz2"])
+def test_wrong_checksums_are_damage(kind, place):
+    """One bit is wrong: of the file's content in the zip, of what the compressed stream says of itself elsewhere."""
+    archive = pack(place / f"x.{kind}", {"a": os.urandom(5000)}, kind)
+    content = bytearray(archive.read_bytes())
+    content[{"zip": 1000, "tar.gz": -6, "tar.xz": -14, "tar.bz2": -3}[kind]] ^= 0x10
+    archive.write_bytes(content)
+    refused(archive, place, "truncated or damaged", error=DamagedArchive)
+
+
 @pytest.mark.parametrize("pack_alone", [gzip.compress, lzma.compress, bz2.compress])
 def test_a_compressed_file_is_no_tar(pack_alone, place):
     (place / "weights.gz").write_bytes(pack_alone(b"no tar" * 1000))
