@@ -257,7 +257,7 @@ def _fit(found: Found, splits: Mapping[str, str], config: TokensConfig) -> dict[
     members: dict[str, list[int]] = {}
     for position, key in found.usable():
         members.setdefault(key, []).append(position)
-    token_size = config.token_size or max(layer.width for key in members for layer in found.tables[key].layers)
+    token_size = config.token_size or max(found.tables[key].widest_channel for key in members)
     given = {path: Symmetry.load(path) for path in config.symmetry}
     architectures: dict[str, Architecture] = {}
     for key, positions in members.items():

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sane_ray.errors import InputError
 from sane_ray.tokens.store.inputs import look
@@ -106,10 +107,13 @@ def stored_values(job: Job, architectures: Mapping[str, Architecture], dtype: Dt
     checkpoint = _opened(job, architecture)
     scale = None if job.scale is None else torch.tensor(job.scale, dtype=torch.float32)
     values_NT = np.empty((tokens, architecture.table.token_size), RAW_DTYPES[dtype])
+    buffer_NT: Tensor | None = None
     for start, stop in _ranges(first, first + tokens, architecture.table.token_size):
-        tokens_NT = tokenize_range(checkpoint.read, architecture.table, start, stop)
-        normalized_NT, _ = architecture.normalization.normalize(tokens_NT, architecture.table, start, scale)
-        values_NT[start - first : stop - first] = to_stored(normalized_NT, dtype)
+        if buffer_NT is None or len(buffer_NT) != stop - start:
+            buffer_NT = torch.empty(stop - start, architecture.table.token_size)
+        tokenize_range(checkpoint.read, architecture.table, start, stop, out=buffer_NT)
+        architecture.normalization.normalize(buffer_NT, architecture.table, start, scale, out=buffer_NT)
+        values_NT[start - first : stop - first] = to_stored(buffer_NT, dtype)
     return values_NT
 
 
