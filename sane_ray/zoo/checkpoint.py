@@ -239,20 +239,21 @@ def _find(content: Any, seen: set[int]) -> Mapping[str, Any] | None:
         if found is not None:
             return found
     candidates = list(_mappings(content, set()))
-    return max(candidates, key=lambda candidate: candidate[:2])[2] if candidates else None
+    return max(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
 
 def _mappings(
     content: Mapping[Any, Any], seen: set[int], first_choice: bool = True, depth: int = 0
-) -> Iterator[tuple[bool, int, Mapping[str, Any]]]:
-    """Everything that looks like a state dict: whether it is a first choice, its number of values, and itself."""
+) -> Iterator[tuple[tuple[bool, int, int], Mapping[str, Any]]]:
+    """Everything that looks like a state dict, and its rank: a first choice, its number of real values, of values."""
     seen.add(id(content))  # a file may hold a mapping in itself
     if not all(isinstance(key, str) for key in content):
         return
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    sizes = [value.numel() for key, value in tensors.items() if "." in key or not _NO_WEIGHTS.search(key)]
-    if sizes:
-        yield first_choice, sum(sizes), content
+    weights = [value for key, value in tensors.items() if "." in key or not _NO_WEIGHTS.search(key)]
+    if weights:
+        real = sum(value.numel() for value in weights if value.is_floating_point())
+        yield (first_choice, real, sum(value.numel() for value in weights)), content
     if depth == _DEEPEST or "param_groups" in content:
         return
     for key, value in content.items():
@@ -303,7 +304,10 @@ def _plain(path: str | Path, key: str, tensor: Tensor) -> Tensor:
     if tensor.is_quantized:
         raise InputError(f"{path}: tensor {key!r} is quantised; save its dequantize() in its place")
     if tensor.is_nested or tensor.layout != torch.strided:
-        raise InputError(f"{path}: tensor {key!r} is {tensor.layout}; save its to_dense() in its place")
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise InputError(
+            f"{path}: tensor {key!r} is {kind}; save a dense tensor (to_dense, to_padded_tensor) in its place"
+        )
     if tensor.is_conj() or tensor.is_neg():
         raise InputError(f"{path}: tensor {key!r} is a lazy conjugate; save its resolve_conj().resolve_neg()")
     return tensor.detach()
@@ -490,15 +494,22 @@ def _dtype(path: Path, key: str, entry: Mapping[str, Any]) -> torch.dtype:
 def _open_zip(path: Path) -> Checkpoint:
     """A file of torch's zip format: its tensors are read where they lie, if they lie there as they are."""
     records = _records(path)
-    if records is not None:
-        weights = _weights(_torch_load(path, "meta"), path)
-        stored = {key: StoredTensor(path, _place(value), value) for key, value in weights.items()}
+    if records is not None and (content := _without_values(path)) is not None:
+        stored = {key: StoredTensor(path, _place(value), value) for key, value in _weights(content, path).items()}
         if all(each.offset in records for each in stored.values()):
             for key, each in stored.items():
                 if (int(each.view.storage_offset()) + _span(each.view)) * each.view.itemsize > records[each.offset]:
                     raise InputError(f"{path}: damaged: tensor {key!r} is larger than its record; copy it again")
             return StoredCheckpoint(path, stored)
     return LoadedCheckpoint(path, _weights(_torch_load(path, "cpu"), path))
+
+
+def _without_values(path: Path) -> Any:
+    """What a torch file holds, tensors on the meta device; None where it has a kind of tensor that cannot be there."""
+    try:
+        return _torch_load(path, "meta")
+    except InputError:
+        return None  # whatever it is, reading it with its values says it
 
 
 def _place(tensor: Tensor) -> int:
@@ -618,7 +629,10 @@ def _torch_load(path: Path, device: str) -> Any:
 
 def _reason(error: Exception) -> str:
     """The telling line of torch's message, without its advice to read the file unsafely."""
-    text = str(error)
-    found = re.search(r"WeightsUnpickler error:\s*(.*)|(.*\bGLOBAL\b.*)", text) or re.search(r"(\S.*)", text)
-    words = next((group for group in found.groups() if group), "") if found else type(error).__name__
+    words = type(error).__name__
+    for pattern in (r"WeightsUnpickler error:\s*(.+)", r"(.*\bGLOBAL\b.*)", r"(\S.*)"):
+        found = re.search(pattern, str(error))
+        if found:
+            words = found[1]
+            break
     return re.split(r"(?<=\S)\. ", words.strip())[0][:160].rstrip(". ")

@@ -225,6 +225,7 @@ OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(1000)}}, "param_groups": [{"lr
         {"network": weights(), "state_dict": {"nothing": 3}, "model": "resnet"},
         {"model": {"state_dict": weights(), "name": "resnet"}, "larger": {"x": torch.zeros(10000)}},
         {"ema": weights()},
+        {"net": weights(), "generator": torch.Generator().get_state()},
         {"epoch": 1} | weights(),
         OrderedDict((key, torch.nn.Parameter(value)) for key, value in weights().items()),
     ],
@@ -567,13 +568,14 @@ def test_torchscript_archives_are_refused_by_name(tmp_path: Path):
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.eye(3).to_sparse(), r"tensor 'odd' is torch\.sparse_coo; save its to_dense\(\)"),
-        (torch.eye(3).to_sparse_csr(), r"tensor 'odd' is torch\.sparse_csr; save its to_dense\(\)"),
+        (torch.eye(3).to_sparse(), r"tensor 'odd' is torch\.sparse_coo; save a dense tensor"),
+        (torch.eye(3).to_sparse_csr(), r"tensor 'odd' is torch\.sparse_csr; save a dense tensor"),
         (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), r"tensor 'odd' is quantised; save its deq"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "tensor 'odd' is nested; save a dense tensor"),
         (torch.empty(3, device="meta"), "tensor 'odd' has no values"),
         (torch.ones(3, dtype=torch.complex64).conj(), "tensor 'odd' is a lazy conjugate"),
     ],
-    ids=["coo", "csr", "quantised", "meta", "conjugate"],
+    ids=["coo", "csr", "quantised", "nested", "meta", "conjugate"],
 )
 def test_tensors_without_flat_values_are_refused_by_name(tmp_path: Path, form: str, tensor, message: str):
     path, content = tmp_path / "model.pt", {"weight": torch.ones(2), "odd": tensor}
@@ -582,7 +584,7 @@ def test_tensors_without_flat_values_are_refused_by_name(tmp_path: Path, form: s
             LoadedCheckpoint(path, content)
     else:
         store(content, path, form)
-        with pytest.raises(InputError, match=rf"model\.pt: ({message}|truncated, or no checkpoint)"):
+        with pytest.raises(InputError, match=rf"model\.pt: {message}"):
             open_checkpoint(path)
 
 
