@@ -36,7 +36,15 @@ from sane_ray.zoo.readers import (
     small_cnn_zoo,
     tune,
 )
-from sane_ray.zoo.tables import clean_text, plain_rows, read_table, text_column, value_column, value_columns
+from sane_ray.zoo.tables import (
+    clean_text,
+    plain_columns,
+    plain_rows,
+    read_table,
+    text_column,
+    value_column,
+    value_columns,
+)
 
 __all__ = [
     "SPLIT_NAMES",
@@ -77,6 +85,7 @@ _READERS: dict[str, _Reader] = {
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _REQUIRED = ("id", "model", "path", "reader")
+_OPTIONAL = ("epoch", "member", "license", "split", "status")
 _LOOKS_FOR = f"a catalog (Parquet with columns {', '.join(_REQUIRED)})"
 _REMEDY = "name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
 _LOG = logging.getLogger(__name__)
@@ -209,8 +218,8 @@ class _Rows:
     """A table of properties, by what its rows call their checkpoint."""
 
     path: Path
-    base: Path
-    """What paths are relative to."""
+    base: str
+    """The folder that paths are relative to."""
     keys: tuple[str, ...]
     """The columns that say which checkpoint a row is about."""
     by_name: dict[tuple[Any, ...], dict[str, Any]]
@@ -238,7 +247,7 @@ def join_properties(records: Sequence[Record], path: str | Path, source: str | P
         InputError: The table cannot be read, has two rows for one name, or names no checkpoint that is there.
     """
     source = Path(source).expanduser().absolute()
-    table = _rows(Path(path).expanduser(), source if source.is_dir() else source.parent)
+    table = _rows(Path(path).expanduser(), str(source if source.is_dir() else source.parent))
     used: set[tuple[Any, ...]] = set()
     joined = []
     for record in records:
@@ -252,7 +261,7 @@ def join_properties(records: Sequence[Record], path: str | Path, source: str | P
     return _in_order(joined)
 
 
-def _rows(path: Path, base: Path) -> _Rows:
+def _rows(path: Path, base: str) -> _Rows:
     content = read_table(path)
     names = set(content.column_names)
     options = [("path",), ("id",), ("model", "epoch"), ("model",)]
@@ -289,8 +298,10 @@ def _names(record: Record, table: _Rows) -> Iterator[tuple[Any, ...]]:
         path = path.rpartition("/")[0]
 
 
-def _relative(path: str, base: Path) -> str:
-    return Path(os.path.relpath(base / path, base)).as_posix()
+def _relative(path: str, base: str) -> str:
+    whole = os.path.normpath(os.path.join(base, path))  # noqa: PTH118 - pathlib takes ten times as long
+    inside = whole.removeprefix(f"{base}{os.sep}")
+    return (inside if inside != whole else os.path.relpath(whole, base)).replace(os.sep, "/")
 
 
 def _set(record: Record, row: Mapping[str, Any], table: _Rows) -> Record:
@@ -407,8 +418,7 @@ def read_catalog(path: str | Path) -> list[Record]:
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise InputError(f"{path}: no catalog, since it has no column {', '.join(missing)}; looked for {_LOOKS_FOR}")
-    configs: dict[tuple[Any, ...], dict[str, Value]] = {}
-    records = [_record(row, path, configs) for row in _catalog_rows(table) if row.get("status") != LEFT_OUT]
+    records = list(_records(table, path))
     if not records:
         raise InputError(
             f"{path}: none of its {len(table):,} rows is kept; change their status, or name another source"
@@ -431,37 +441,50 @@ def _is_catalog(path: Path) -> bool:
         return False
 
 
-def _catalog_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+def _records(table: pa.Table, path: Path) -> Iterator[Record]:
+    """Of the rows that are kept. Column by column, for catalogs of many; equal settings become one dictionary."""
     parents = table["parents"].to_pylist() if "parents" in table.column_names else [None] * len(table)
-    if "parents" in table.column_names:
-        table = table.drop_columns("parents")
-    for row, names in zip(plain_rows(table), parents, strict=True):
-        yield row | {"parents": names}
+    columns = plain_columns(table.drop_columns(["parents"]) if "parents" in table.column_names else table)
+    rows = zip(*(columns.get(name, [None] * len(table)) for name in (*_REQUIRED, *_OPTIONAL)), parents, strict=True)
+    properties, configs = _known(columns, "property.", len(table)), _known(columns, "config.", len(table))
+    shared: dict[tuple[Any, ...], dict[str, Value]] = {}
+    folder = str(path.parent)
+    for row, known, settings in zip(rows, properties, configs, strict=True):
+        record = dict(zip((*_REQUIRED, *_OPTIONAL, "parents"), row, strict=True))
+        if record.pop("status") != LEFT_OUT:
+            config = shared.setdefault(tuple(settings.items()), settings)
+            yield _record(record, path, folder, known, config)
 
 
-def _record(row: Mapping[str, Any], path: Path, configs: dict[tuple[Any, ...], dict[str, Value]]) -> Record:
-    """One row; equal settings become one dictionary."""
+def _known(columns: Mapping[str, Sequence[Any]], prefix: str, count: int) -> Iterator[dict[str, Value]]:
+    """What the columns of a prefix say of each row."""
+    names = [name for name in columns if name.startswith(prefix)]
+    keys = [name.removeprefix(prefix) for name in names]
+    if not names:
+        yield from ({} for _ in range(count))
+    for values in zip(*(columns[name] for name in names), strict=True):
+        yield {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+
+
+def _record(
+    row: Mapping[str, Any], path: Path, folder: str, properties: dict[str, Value], config: dict[str, Value]
+) -> Record:
     for name in _REQUIRED:
         if row[name] is None:
             raise InputError(
                 f"{path}: the row of {row['id'] or row['path']} has no {name}; fill it in, or remove the row"
             )
-    properties, config = dict[str, Value](), dict[str, Value]()
-    for name, value in row.items():
-        kind, dot, key = name.partition(".")
-        if dot and kind in ("property", "config") and value is not None:
-            (properties if kind == "property" else config)[key] = value
-    where, epoch, split = f"{path}: {row['id']}", row.get("epoch"), row.get("split")
+    epoch, split, where = row["epoch"], row["split"], f"{path}: {row['id']}"
     return Record(
         id=str(row["id"]),
         model=str(row["model"]),
         epoch=0 if epoch is None or _is_nan(epoch) else _field("epoch", epoch, where),
-        path=os.path.normpath(path.parent / str(row["path"])),
+        path=os.path.normpath(os.path.join(folder, str(row["path"]))),  # noqa: PTH118 - as fast as it gets
         properties=properties,
-        config=configs.setdefault(tuple(config.items()), config),
+        config=config,
         reader=str(row["reader"]),
-        member=str(row.get("member") or ""),
-        license=None if row.get("license") is None else str(row["license"]),
+        member=str(row["member"] or ""),
+        license=None if row["license"] is None else str(row["license"]),
         parents=_parents(row["parents"]),
         split=None if split is None else _field("split", split, where),
     )

