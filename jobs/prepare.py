@@ -12,9 +12,9 @@ from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.summary import summarize
 from sane_ray.tokens.store.writing import audit_zoo, matching_store, preview, write_store
 from sane_ray.zoo import public
-from sane_ray.zoo.catalog import discover, join_properties, unclaimed
+from sane_ray.zoo.catalog import unclaimed
 from sane_ray.zoo.readers import Record
-from sane_ray.zoo.sources import check_one_source, locate, name_of, planned
+from sane_ray.zoo.sources import Source, check_one_source, name_of, read, to_fetch
 
 EXAMPLES = """\
 examples:
@@ -41,16 +41,12 @@ def main(config: PrepareJob, dry_run: bool) -> None:
         return
     check_one_source(config.source, config.hub, config.zoo)
     storage = default_storage(config.storage)
-    fetched = planned(config.hub, config.zoo, storage) if dry_run else None
-    if fetched is not None:
-        print(f"{fetched[1]}\nto {fetched[0]}\nand then read it: run without --dry-run")
+    path, destination = paths(config)
+    source = Source(path, hub=config.hub, zoo=config.zoo, reader=config.reader, properties=config.properties)
+    if dry_run and (fetched := to_fetch(source)):
+        print(f"{fetched}\nand then read it: run without --dry-run")
         return
-    source, destination = paths(config)
-    source = locate(source, config.hub, config.zoo, storage)
-    records = discover(source, config.reader)
-    root = source if source.is_dir() else source.parent
-    if config.properties:
-        records = join_properties(records, config.properties, root)
+    records, root = read(source, storage)
     if config.audit:
         print(audit(config, records, root, dry_run))
     else:

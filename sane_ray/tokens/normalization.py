@@ -252,7 +252,8 @@ class Normalization:
         self._check(tokens_NT, table, start, model_scale)
         parts = []
         for rows, layer, first, shift, scale in self._slices(tokens_NT, table, start, model_scale):
-            part = tokens_NT[rows].float() * scale + shift
+            part = tokens_NT[rows].float()
+            part = part.clone() if self.mode == "none" else part * scale + shift  # a copy keeps the sign of zero
             _clear_padding(part, layer, first)
             parts.append(part)
         return torch.cat(parts) if parts else tokens_NT.float()

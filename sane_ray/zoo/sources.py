@@ -1,52 +1,94 @@
-"""From what a user names (a folder, an archive, a file, a hub repository, a public zoo) to a place on this machine.
+"""From what a user names (a folder, an archive, a file, a hub repository, a public zoo) to records on this machine.
 
-Fetches and unpacks what is not there yet, under the storage root; never opens weights.
+Fetches and unpacks what is not there yet, under the storage root; never opens weights of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sane_ray.errors import InputError
 from sane_ray.zoo import download, hub
 from sane_ray.zoo.archives import as_folder, is_archive
+from sane_ray.zoo.catalog import discover, join_properties
 from sane_ray.zoo.public import find
-from sane_ray.zoo.readers import cnn_wild_park
+from sane_ray.zoo.readers import Record
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to read: exactly one of a place on this machine, a repository of a hub, and a public zoo."""
+
+    path: Path
+    """Folder, archive, file or catalog; where it is to be, for a public zoo."""
+    hub: str = ""
+    zoo: str = ""
+    reader: str = "auto"
+    properties: str = ""
+    """Table of properties to join, or empty."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the path is an archive that no reader reads as it is."""
+        return not self.hub and self.path.is_file() and is_archive(self.path) and not _is_read(self.path, self.reader)
 
 
 def check_one_source(source: str, hub_repository: str, zoo: str) -> None:
     """Raises ``InputError`` if more than one place is named."""
-    named = [f"--{name} {value}" for name, value in (("source", source), ("hub", hub_repository), ("zoo", zoo)) if value]
+    named = [
+        f"--{name} {value}" for name, value in (("source", source), ("hub", hub_repository), ("zoo", zoo)) if value
+    ]
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} name different checkpoints: give one of them")
 
 
-def planned(hub_repository: str, zoo: str, storage: Path) -> tuple[Path, str] | None:
-    """Where a repository or public zoo would be, and the sentence that says what would be fetched; None if it is here."""
-    if hub_repository:
-        return storage / "stores" / name_of(hub_repository), f"would download the weights of {hub_repository}"
-    if zoo and not (storage / "zoos" / zoo).exists():
-        return storage / "zoos" / zoo, f"would download {find(zoo).about}"
-    return None
+def to_fetch(source: Source) -> str:
+    """What would have to be downloaded or unpacked before the source can be read, in words; empty if nothing."""
+    if source.hub:
+        return f"would download the weights of {source.hub} from the hub, unless they are in its cache"
+    if source.zoo and not source.path.exists():
+        return f"would download {source.zoo} ({find(source.zoo).about}) to {source.path}"
+    return f"would unpack {source.path}" if source.is_packed else ""
 
 
-def locate(source: Path, hub_repository: str, zoo: str, storage: Path) -> Path:
-    """The folder or file to read: ``source``, or where a hub repository or public zoo has been fetched to.
-
-    Archives are unpacked beside the other zoos, but for those that a reader reads as they are.
+def read(source: Source, storage: Path) -> tuple[list[Record], Path]:
+    """The records of a source, and the folder that their paths are told relative to.
 
     Raises:
-        InputError: It cannot be fetched or unpacked; says why and what to do by hand.
+        InputError: It cannot be fetched, unpacked or recognised; says why and what to do.
     """
-    if hub_repository:
-        return hub.fetch(hub_repository)
-    if zoo:
-        source = download.fetch(zoo, storage / "zoos")
-    if source.is_file() and is_archive(source) and not cnn_wild_park.discover(source):
-        return as_folder(source, storage / "zoos")
-    return source
+    path = source.path
+    if source.hub:
+        path = hub.fetch(source.hub)
+    elif source.zoo:
+        path = download.fetch(source.zoo, storage / "zoos")
+    elif source.is_packed:
+        path = as_folder(path, storage / "zoos")
+    records = discover(path, source.reader)
+    root = path if path.is_dir() else path.parent
+    if source.properties:
+        records = join_properties(records, source.properties, root)
+    return _licensed(records, root), root
 
 
-def name_of(hub_repository: str) -> str:
-    """A folder's name for a repository."""
-    return hub_repository.partition("@")[0].replace("/", "--")
+def name_of(repository: str) -> str:
+    """A folder's name for a repository of a hub."""
+    return repository.partition("@")[0].replace("/", "--")
+
+
+def _licensed(records: Sequence[Record], root: Path) -> list[Record]:
+    """With the licence of a downloaded zoo, where a record names none of its own."""
+    license_name = download.license_of(root)
+    return [
+        record if record.license or license_name is None else replace(record, license=license_name)
+        for record in records
+    ]
+
+
+def _is_read(path: Path, reader: str) -> bool:
+    try:
+        return bool(discover(path, reader))
+    except InputError:
+        return False

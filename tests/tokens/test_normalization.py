@@ -311,3 +311,12 @@ def test_weights_that_are_not_finite_are_refused_when_fitting(mode):
         table = build_layer_table(state_dict)
         with np.errstate(invalid="ignore"), pytest.raises(InputError, match="layer 1 holds NaN or infinite"):
             fit(seen([tokenize(state_dict, table)], table), mode)
+
+
+def test_without_normalisation_the_sign_of_zero_comes_back_and_the_tokens_stay():
+    table = build_layer_table({"a.weight": torch.zeros(2, 3)}, token_size=4)
+    tokens_NT = torch.tensor([[-0.0, 1.0, 0.0, 7.0], [0.0, -0.0, 2.0, 7.0]])  # 7 where there is padding
+    kept = tokens_NT.clone()
+    restored_NT = Normalization("none", np.zeros(1), np.ones(1)).denormalize(tokens_NT, table)
+    assert torch.equal(restored_NT.signbit()[:, :3], tokens_NT.signbit()[:, :3]) and torch.equal(tokens_NT, kept)
+    assert restored_NT[:, 3].tolist() == [0.0, 0.0]
