@@ -107,7 +107,8 @@ def discover(source: str | Path, reader: str = "auto") -> list[Record]:
         At least one record; ids are unique.
 
     Raises:
-        InputError: No such file or folder, no such reader, or nothing found: says what every reader looked for.
+        InputError: No such file or folder, no such reader, two checkpoints of one id, or nothing found: says what
+            every reader looked for.
     """
     root = Path(source).expanduser().absolute()
     _check_source(root)
@@ -119,7 +120,9 @@ def discover(source: str | Path, reader: str = "auto") -> list[Record]:
     for module in chosen:
         records = module.discover(root)
         if records:
-            return _in_order(_with_unique_ids(records, root))
+            records = [_decodable(record) for record in records]
+            _check_unique(records, f"--source {root}")
+            return _in_order(records)
     looked_for = [module.LOOKS_FOR for module in chosen] + ([_LOOKS_FOR] if reader == "auto" else [])
     remedy = _REMEDY if reader == "auto" else f"{_REMEDY}; or leave --reader at auto"
     raise InputError(f"--source {root} holds no checkpoints: looked for {'; '.join(looked_for)}; {remedy}")
@@ -176,28 +179,10 @@ def _in_order(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda record: (record.model, record.epoch, record.id))
 
 
-def _with_unique_ids(records: Sequence[Record], root: Path) -> list[Record]:
-    """The same, where two have one id with the place of each behind it; ids and models without undecodable bytes."""
-    records = [_decodable(record) for record in records]
-    counts = Counter(record.id for record in records)
-    if len(counts) == len(records):
-        return records
-    renamed = [
-        record if counts[record.id] == 1 else replace(record, id=f"{record.id}#{clean_text(_place(record, root))}")
-        for record in records
-    ]
-    _check_unique(renamed, f"--source {root}")
-    return renamed
-
-
 def _decodable(record: Record) -> Record:
+    """The same, under names without bytes that are no UTF-8."""
     id_, model = clean_text(record.id), clean_text(record.model)
     return record if (id_, model) == (record.id, record.model) else replace(record, id=id_, model=model)
-
-
-def _place(record: Record, root: Path) -> str:
-    path = os.path.relpath(record.path, root)
-    return f"{path}:{record.member}" if record.member else path
 
 
 def _check_unique(records: Sequence[Record], where: str) -> None:
