@@ -1,11 +1,16 @@
 import copy
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parent))
+import symmetry_networks as nets
 
 from sane_ray.errors import InputError
 from sane_ray.tokens.symmetry import (
@@ -16,6 +21,7 @@ from sane_ray.tokens.symmetry import (
     random_permutations,
 )
 from sane_ray.tokens.tokenizer import build_layer_table, tokenize
+from sane_ray.zoo.architectures import from_params
 from sane_ray.zoo.checkpoint import load_state_dict
 
 
@@ -376,3 +382,162 @@ def test_a_symmetry_of_another_architecture_is_refused(axes, message):
     Symmetry({"0.weight": ("b", None), "1.weight": (None, "b")}, {"b": 4}).check(table)
     with pytest.raises(InputError, match=message):
         Symmetry(axes, {"a": 3}).check(table)
+
+
+def zoo_cnn(kind, channels):
+    """A network of the published zoos."""
+    params = {"model::type": kind, "model::channels_in": channels, "model::o_dim": 10, "model::nlin": "tanh"}
+    return from_params({**params, "model::init_type": "kaiming_normal", "model::dropout": 0.0, "seed": 1})
+
+
+IMAGES, WORDS = torch.randn(4, 3, 16, 16), torch.randint(0, 11, (3, 5))
+HINTS = {"num_attention_heads": 3}
+KNOWN = {
+    "cnn_s": (lambda: zoo_cnn("CNN", 1), torch.randn(3, 1, 28, 28), {}, 4),
+    "cnn_l": (lambda: zoo_cnn("CNN3", 3), torch.randn(3, 3, 32, 32), {}, 4),
+    "digits_cnn": (lambda: zoo_cnn("digits_cnn", 1), torch.randn(3, 1, 8, 8), {}, 3),
+    "resnet18": (lambda: nets.ResNet(18), IMAGES, {}, 8 + 4),
+    "resnet34": (lambda: nets.ResNet(34), IMAGES, {}, 16 + 4),
+    "resnet50": (lambda: nets.ResNet(50), IMAGES, {}, 32 + 5),
+    "resnet101": (lambda: nets.ResNet(101), IMAGES, {}, 66 + 5),
+    "resnet152": (lambda: nets.ResNet(152), IMAGES, {}, 100 + 5),
+    "wide_resnet50_2": (lambda: nets.ResNet(50, width_factor=2), IMAGES, {}, 32 + 5),
+    "resnext50": (lambda: nets.ResNet(50, groups=2, width_factor=2), IMAGES, {}, 16 + 5),
+    "wide_resnet28": (nets.WideResNet, IMAGES, {}, 12 + 4),
+    "vgg11": (lambda: nets.VGG(11, False), torch.randn(2, 3, 32, 32), {}, 10),
+    "vgg11_bn": (lambda: nets.VGG(11, True), torch.randn(2, 3, 32, 32), {}, 10),
+    "vgg16": (lambda: nets.VGG(16, False), torch.randn(2, 3, 32, 32), {}, 15),
+    "vgg16_bn": (lambda: nets.VGG(16, True), torch.randn(2, 3, 32, 32), {}, 15),
+    "mobilenet": (nets.MobileNet, IMAGES, {}, 3),
+    "encoder": (nets.Encoder, torch.randn(3, 5, 12), {}, 2),
+    "encoder_heads": (nets.Encoder, torch.randn(3, 5, 12), {"nhead": 3, "d_model": 12}, 4),
+    "gpt2": (nets.GPT, WORDS, {}, 2),
+    "gpt2_heads": (nets.GPT, WORDS, {"n_head": 3, "n_embd": 12, "activation_function": "gelu_new"}, 4),
+    "nano_gpt_heads": (lambda: nets.GPT(nn.Linear), WORDS, {"n_head": 3}, 4),
+    "nano_gpt_plain": (lambda: nets.GPT(lambda i, o: nn.Linear(i, o, bias=False)), WORDS, {"n_head": 3}, 4),
+    "llama": (nets.Llama, WORDS, {}, 2),
+    "llama_heads": (nets.Llama, WORDS, {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 24}, 4),
+    "llama_all_heads": (lambda: nets.Llama(shared=6), WORDS, {"num_attention_heads": 6}, 4),
+    "bert": (nets.BertLayer, torch.randn(3, 5, 12), {}, 1),
+    "bert_heads": (nets.BertLayer, torch.randn(3, 5, 12), {"num_attention_heads": 4, "hidden_size": 12}, 2),
+    "vit": (nets.ViT, torch.randn(3, 3, 8, 8), {}, 2),
+    "vit_heads": (nets.ViT, torch.randn(3, 3, 8, 8), {"num_heads": 4}, 4),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_families_keep_their_function(name):
+    make, inputs, hints, number = KNOWN[name]
+    network, inputs = nets.trained(make, inputs)
+    state_dict = network.state_dict()
+    symmetry = derive_symmetry(build_layer_table(state_dict), hints)
+    symmetry.check(build_layer_table(state_dict))
+    assert len(symmetry.sizes) == number
+    expected = network(inputs)
+    permuted = permute(state_dict, symmetry, random_permutations(symmetry, generator()))
+    assert (outputs(network, inputs, permuted) - expected).abs().max() < 1e-5 * expected.abs().max()
+    moved = {key for key in state_dict if not torch.equal(permuted[key], state_dict[key])}
+    used = {part for axes in symmetry.axes.values() for axis in axes for part in parts_of(axis)}
+    assert used == symmetry.sizes.keys() and moved
+
+
+def parts_of(axis):
+    return axis if isinstance(axis, tuple) else (axis,) if axis is not None else ()
+
+
+def movable(symmetry):
+    """Permutations by the axes they move, whatever their names."""
+    places = {name: set() for name in symmetry.sizes}
+    for key, axes in symmetry.axes.items():
+        for place, axis in enumerate(axes):
+            for part in parts_of(axis):
+                places[part].add((key, place))
+    return {frozenset(found) for found in places.values()}
+
+
+@pytest.mark.parametrize("name", ["resnext50", "vgg11_bn", "gpt2_heads", "llama_heads", "encoder_heads"])
+def test_no_axis_of_a_known_family_could_be_left_out(name):
+    make, inputs, hints, _ = KNOWN[name]
+    network, inputs = nets.trained(make, inputs)
+    state_dict, expected = network.state_dict(), network(inputs)
+    symmetry = derive_symmetry(build_layer_table(state_dict), hints)
+    permutation, size = max(symmetry.sizes.items(), key=lambda item: (item[1] > 2, item[0]))
+    identity = {each: np.arange(number) for each, number in symmetry.sizes.items()}
+    permuted = permute(state_dict, symmetry, {**identity, permutation: np.roll(np.arange(size), 1)})
+    for key, axes in symmetry.axes.items():
+        if permutation in {part for axis in axes for part in parts_of(axis)}:
+            incomplete = {**permuted, key: state_dict[key]}
+            change = (outputs(network, inputs, incomplete) - expected).abs().max()
+            assert change > 1e-9 * expected.abs().max(), key
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50", "vgg11_bn", "gpt2_heads", "llama_heads", "mobilenet"])
+@pytest.mark.parametrize("layout", ["sparse", "dense", "mixed"])
+@pytest.mark.parametrize("token_size", [0, 7])
+def test_gathering_equals_permuting_in_every_layout(name, layout, token_size):
+    make, inputs, hints, _ = KNOWN[name]
+    state_dict = nets.trained(make, inputs)[0].state_dict()
+    table = build_layer_table(state_dict, token_size=token_size, layout=layout)
+    symmetry = derive_symmetry(table, hints)
+    permutations = random_permutations(symmetry, generator())
+    assert_gathers(state_dict, table, symmetry, permutations)
+    every = gather_indices(table, symmetry, permutations).reshape(table.num_tokens, -1)
+    for start in range(0, table.num_tokens - 5, max(table.num_tokens // 50, 1)):
+        window = gather_indices(table, symmetry, permutations, start, start + 5).reshape(5, -1)
+        assert np.array_equal(window, every[start : start + 5])
+
+
+def variant(network, **changes):
+    """Keys and shapes of a network with some tensors added (a shape) or removed (None)."""
+    state_dict = dict(network.state_dict())
+    for key, shape in changes.items():
+        key = key.replace("__", ".")
+        if shape is None:
+            del state_dict[key]
+        else:
+            state_dict[key] = torch.zeros(shape)
+    return state_dict
+
+
+@pytest.mark.parametrize(
+    "state_dict, hints",
+    [
+        (variant(nets.BertLayer(), intermediate__norm__weight=(20,)), {}),  # scales the hidden units
+        (variant(nets.BertLayer(), intermediate__dense__gate=(20,)), {}),
+        (variant(nets.BertLayer(hidden=12)), {}),  # which axis is the hidden one?
+        (variant(nets.ViTBlock(), mlp__dwconv__weight=(20, 1, 3, 3)), {}),
+        (variant(nets.ViTBlock(), mlp__fc1__lora_B__weight=(20, 4)), {}),
+        (variant(nets.ViTBlock(), norm1__weight=None), {}),
+        (variant(nn.TransformerEncoderLayer(8, 2, 16), experts__weight=(16, 8)), {}),
+        (variant(nets.InvertedResidual(4, 6, 8, 1), conv__4__weight=(8,)), {}),
+        (variant(nets.InvertedResidual(4, 6, 8, 1), conv__1__0__weight=(8, 8, 3, 3)), {}),
+        (variant(nets.VGG(11, False), features__7__weight=(5,)), {}),
+        (variant(nets.VGG(11, False), gate__weight=(4, 4)), {}),
+        (variant(nets.ResNet(18), layer1__0__se__weight=(4, 4)), {}),
+        (variant(nets.WideResNet(1), block2__layer__0__convShortcut__weight=None), {}),
+        (variant(nets.WideResNet(1), block2__layer__0__se__weight=(6,)), {}),
+    ],
+)
+def test_what_looks_like_a_known_network_but_may_not_be_one_stays_as_it_is(state_dict, hints):
+    assert derive_symmetry(build_layer_table(state_dict), hints).is_trivial
+
+
+@pytest.mark.parametrize(
+    "state_dict, hints",
+    [
+        (variant(nets.ViTBlock()), {"num_heads": 5}),
+        (variant(nets.ViTBlock()), {"num_heads": 4, "hidden_size": 24}),  # the number is another tower's
+        (variant(nets.ViTBlock(), attn__relative_position_bias_table=(9, 4)), {"num_heads": 4}),
+        (variant(nets.BertLayer()), {"num_attention_heads": 4, "position_embedding_type": "alibi"}),
+        (variant(nets.BertLayer()), {"num_attention_heads": 4, "num_key_value_heads": 2}),
+        (variant(nets.BertLayer(), attention__self__slopes=(4,)), {"num_attention_heads": 4}),
+        (variant(nets.BertLayer()), {"num_attention_heads": "4"}),
+        (variant(nets.LlamaLayer(24, 6, 3)), {"num_attention_heads": 6}),
+        (variant(nets.LlamaLayer(24, 6, 3)), {"num_attention_heads": 6, "num_key_value_heads": 4}),
+        (variant(nets.LlamaLayer(24, 6, 3), self_attn__sinks=(6,)), HINTS | {"num_key_value_heads": 3}),
+        (variant(nets.LlamaLayer(24, 6, 1)), {"num_attention_heads": 6, "num_key_value_heads": 1}),
+        (variant(nets.LlamaLayer(24, 6, 3), self_attn__q_norm__weight=(24,)), {"num_attention_heads": 6}),
+    ],
+)
+def test_heads_stay_where_they_are_unless_it_is_certain_what_they_are(state_dict, hints):
+    assert len(derive_symmetry(build_layer_table(state_dict), hints).sizes) == 1  # the hidden units of the MLP

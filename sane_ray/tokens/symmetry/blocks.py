@@ -154,7 +154,9 @@ def _permute_hidden(found: _Found, block: str, mlp: _Mlp) -> None:
     """The hidden units, if it is certain which axes they are."""
     modules = found.modules
     named = [block + name for name in (*mlp.inputs, mlp.output)]
-    if not all(is_layer(modules[module]) and len(modules[module]["weight"]) == 2 for module in named):
+    if not all({"weight"} <= modules[module].keys() <= {"weight", "bias"} for module in named):
+        return
+    if any(len(modules[module]["weight"]) != 2 for module in named):
         return
     rows, columns = modules[named[-1]]["weight"]
     first = modules[named[0]]["weight"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,14 @@ from torch.utils import _pytree as pytree
 
 from sane_ray.errors import InputError
 from sane_ray.tokens.symmetry import Axis, Indices, Symmetry, permute
-from sane_ray.tokens.tracing.rules import NoRule, Value, rule_for
+from sane_ray.tokens.tracing.rules import VIEWS, NoRule, Value, rule_for, tensors
 from sane_ray.tokens.tracing.space import Dim, Space, fixed
 
 TOLERANCE = 1e-5
 """Largest change of an output, relative to the largest output, that counts as the same function in float64."""
 
 
-def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any]) -> Symmetry:
+def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Symmetry:
     """The permutations of a module's inner units that leave its function in eval mode as it is.
 
     Inputs and outputs of the module stay in place. Attention heads move as blocks where the module cuts them out by a
@@ -36,9 +37,9 @@ def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any]) ->
     that do not pass are dropped.
 
     Args:
-        module: Any module that ``torch.export`` can trace. A small model of the same kind has the same axes, but
-            other sizes: the symmetry fits the sizes of the module that was traced.
-        example_inputs: Its positional arguments, or the one tensor that it takes. A batch of 2 or more tells more.
+        module: Any module that ``torch.export`` can trace; it stays as it is. A symmetry fits the sizes of the module
+            that was traced, and needs its memory twice in float64.
+        example_inputs: Its positional arguments, or the one tensor that it takes, or its arguments by name.
 
     Returns:
         A symmetry over the keys of ``module.state_dict()``.
@@ -46,30 +47,16 @@ def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any]) ->
     Raises:
         InputError: The module does not run on the inputs in float64, or cannot be traced.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    double, inputs = _in_double(module, inputs)
-    found = _symmetry_of_graph(_exported(double, inputs), _aliases(module))
-    return _verified(double, inputs, found)
-
-
-def _in_double(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A copy of the module in eval mode, and the inputs, in float64 on the CPU."""
-
-    def convert(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.detach().cpu().double() if value.is_floating_point() else value.detach().cpu()
-
-    return copy.deepcopy(module).cpu().double().eval(), pytree.tree_map(convert, inputs)
-
-
-def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    if isinstance(example_inputs, Mapping):
+        example = _Example((), dict(example_inputs))
+    else:
+        example = _Example((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs), {})
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation would hide the heads
     try:
-        with torch.no_grad():
-            module(*inputs)
-        return torch.export.export(module, inputs, strict=False)
+        double, example = _in_double(module, example)
+        _outputs(double, example)
+        program = torch.export.export(double, example.args, example.kwargs, strict=False)
     except Exception as error:  # whatever the module's own code raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -78,6 +65,27 @@ def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> torch.export.Export
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
+    return _verified(double, example, _symmetry_of_graph(program, _aliases(module)))
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Arguments of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _in_double(module: nn.Module, example: _Example) -> tuple[nn.Module, _Example]:
+    """A copy of the module in eval mode, and the inputs, in float64 on the CPU."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().cpu().double() if value.is_floating_point() else value.detach().cpu()
+
+    args, kwargs = pytree.tree_map(convert, (example.args, example.kwargs))
+    return copy.deepcopy(module).cpu().double().eval(), _Example(args, kwargs)
 
 
 def _aliases(module: nn.Module) -> list[list[str]]:
@@ -124,6 +132,7 @@ def _walk(program: torch.export.ExportedProgram, space: Space, canonical: Mappin
     placeholders = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     parameters: dict[str, list[Dim]] = {}
     known: dict[torch.fx.Node, Any] = {}
+    read: set[Dim] = set()
     for node in program.graph.nodes:
         shapes = _shapes(node)
         if node.op == "placeholder":
@@ -137,11 +146,28 @@ def _walk(program: torch.export.ExportedProgram, space: Space, canonical: Mappin
                 known[node] = Value([fixed(size) for size in shapes[0]])
         elif node.op == "output":
             _pin(space, _arguments(node.args, known))
+            read.update(dim for value in tensors(_arguments(node.args, known)) for dim in value.dims)
         elif node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
             known[node] = _output(known, node)
         else:
             known[node] = _apply(space, node, known, shapes)
+            if _name(node) not in VIEWS:
+                read.update(dim for value in tensors([_arguments(node.args, known)]) for dim in value.dims)
+    _pin_unread(space, parameters, read)
     return parameters
+
+
+def _pin_unread(space: Space, parameters: Mapping[str, list[Dim]], read: Iterable[Dim]) -> None:
+    """Fixes entries that no operation looked at, such as the rows of a table beyond the length of the inputs.
+
+    With longer inputs they would take part, and then they might not be alike.
+    """
+    seen = {factor for dim in read for segment in space.resolve(dim) for factor in segment}
+    for dims in parameters.values():
+        for dim in dims:
+            for segment in space.resolve(dim):
+                if not seen.issuperset(factor for factor in segment if factor >= 0):
+                    space.pin((segment,))
 
 
 def _apply(space: Space, node: torch.fx.Node, known: Mapping[torch.fx.Node, Any], shapes: list[tuple[int, ...]]) -> Any:
@@ -172,15 +198,21 @@ def _follow_rule(
     if not isinstance(node.target, torch._ops.OpOverload):
         raise NoRule
     schema = node.target._schema
-    name = schema.name.partition("::")[2]
-    in_place = name.endswith("_") and not name.endswith("__")
-    rule = rule_for(name.removesuffix("_") if in_place else name, torch.Tag.pointwise in node.target.tags)
+    rule = rule_for(_name(node), torch.Tag.pointwise in node.target.tags)
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
     defaults = {each.name: each.default_value if each.has_default_value() else None for each in schema.arguments}
     values = rule(space, defaults | given, shapes)
-    if in_place:
-        args[0].uniform = False
+    if schema.name.endswith("_") and args and isinstance(args[0], Value):
+        args[0].uniform = False  # written in place
     return values
+
+
+def _name(node: torch.fx.Node) -> str:
+    """Name of an operation without namespace, overload, and the underscore of in-place operations."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    name = node.target._schema.name.partition("::")[2]
+    return name.removesuffix("_") if not name.endswith("__") else name
 
 
 def _outputs_read(node: torch.fx.Node) -> int:
@@ -222,12 +254,12 @@ def _pin(space: Space, value: Any) -> None:
             _pin(space, each)
 
 
-def _verified(module: nn.Module, inputs: tuple[Any, ...], symmetry: Symmetry) -> Symmetry:
+def _verified(module: nn.Module, example: _Example, symmetry: Symmetry) -> Symmetry:
     """The permutations that leave the outputs as they are; ``module`` is a copy that may be changed."""
     rng = np.random.default_rng(0)
-    _make_channels_differ(module, inputs, rng)
+    _make_channels_differ(module, example, rng)
     weights = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-    expected = _outputs(module, inputs)
+    expected = _outputs(module, example)
 
     def keeps_function(names: Iterable[str]) -> bool:
         chosen = set(names)
@@ -235,7 +267,7 @@ def _verified(module: nn.Module, inputs: tuple[Any, ...], symmetry: Symmetry) ->
             name: rng.permutation(size) if name in chosen else np.arange(size) for name, size in symmetry.sizes.items()
         }
         module.load_state_dict(permute(weights, symmetry, permutations), strict=False)
-        return all(map(_equal, expected, _outputs(module, inputs)))
+        return all(map(_equal, expected, _outputs(module, example)))
 
     names = list(symmetry.sizes)
     if not names or all(keeps_function(names) for _ in range(2)):
@@ -262,7 +294,7 @@ def _without(symmetry: Symmetry, dropped: Iterable[str]) -> Symmetry:
 
 
 @torch.no_grad()
-def _make_channels_differ(module: nn.Module, inputs: tuple[Any, ...], rng: np.random.Generator) -> None:
+def _make_channels_differ(module: nn.Module, example: _Example, rng: np.random.Generator) -> None:
     """Fresh batch norms and scales are alike in all channels, and a wrong permutation of them would not be seen."""
     before = copy.deepcopy(module.state_dict())
     for value in module.state_dict(keep_vars=True).values():
@@ -272,14 +304,16 @@ def _make_channels_differ(module: nn.Module, inputs: tuple[Any, ...], rng: np.ra
         if bool((value == first).all()):
             noise = rng.normal(0, 0.3, value.shape) if first == 0 else rng.uniform(0.5, 1.5, value.shape)
             value.copy_(torch.from_numpy(noise))
-    if not all(bool(output.isfinite().all()) for output in _outputs(module, inputs)):
+    if not all(bool(output.isfinite().all()) for output in _outputs(module, example)):
         module.load_state_dict(before)
 
 
 @torch.no_grad()
-def _outputs(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+def _outputs(module: nn.Module, example: _Example) -> list[Tensor]:
     torch.manual_seed(0)
-    return [each.clone() for each in pytree.tree_leaves(module(*inputs)) if isinstance(each, Tensor)]
+    return [
+        each.clone() for each in pytree.tree_leaves(module(*example.args, **example.kwargs)) if isinstance(each, Tensor)
+    ]
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

@@ -36,6 +36,15 @@ RULES: dict[str, Rule] = {}
 """By the operation's name without namespace, overload, and the underscore of in-place operations."""
 
 
+VIEWS = frozenset({
+    "alias", "detach", "contiguous", "clone", "to", "_to_copy", "type_as", "lift_fresh_copy", "view", "reshape",
+    "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "permute",
+    "transpose", "swapaxes", "t", "mT", "adjoint", "numpy_T", "movedim", "moveaxis", "select", "unbind", "slice",
+    "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk",
+})  # fmt: skip
+"""Operations that only hand entries on, without looking at their values."""
+
+
 def tensors(value: object) -> Iterable[Value]:
     """The tensors among an operation's arguments, also in lists."""
     if isinstance(value, Value):

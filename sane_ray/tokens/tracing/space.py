@@ -162,18 +162,23 @@ class Space:
         for segment in self.resolve(dim):
             for atom in [factor for factor in segment if factor >= 0][1:]:
                 self._pinned.add(atom)
-        segments = [segment for segment in self.resolve(dim) if not _is_fixed(segment)]
-        if not segments:
-            return
-        block = max(segments, key=self.segment_size)
-        size = self._block(block)
-        for segment in segments:
-            if self._block(segment) != size:
-                self.pin((segment,))
-        resolved = self.resolve(dim)
-        misfit = any(self.segment_size(segment) % size for segment in resolved if _is_fixed(segment))
-        if misfit or len(self.blocks(dim)[1]) > MOST_SEGMENTS:
+        self._keep_one_block_size(self.resolve(dim))
+        if len(self.blocks(dim)[1]) > MOST_SEGMENTS:
             self.pin(dim)
+
+    def _keep_one_block_size(self, dim: Dim) -> None:
+        """Pins the segments of all block sizes but one: that which leaves most entries free and divides the rest."""
+        entries: dict[int, int] = {}
+        for segment in dim:
+            if not _is_fixed(segment):
+                block = self._block(segment)
+                entries[block] = entries.get(block, 0) + self.segment_size(segment)
+        for block in sorted(entries, key=lambda each: (-entries[each], each)):
+            others = [segment for segment in dim if _is_fixed(segment) or self._block(segment) != block]
+            if all(self.segment_size(segment) % block == 0 for segment in others):
+                self.pin(tuple(others))
+                return
+        self.pin(dim)
 
     def _block(self, segment: Segment) -> int:
         """Entries that move as one with the segment's outermost atom."""
