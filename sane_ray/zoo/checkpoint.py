@@ -581,7 +581,7 @@ class _Array(_Inert):
     __slots__ = ()
 
 
-_STAND_INS: list[Any] = [
+STAND_INS: list[Any] = [
     *((_Inert, f"{module}.scalar") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
     *((_Array, f"{module}._reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
     *(
@@ -602,12 +602,12 @@ _STAND_INS: list[Any] = [
 """What training scripts often save beside the weights. None of it is made, not even numpy's own reading of an array:
 an object without content takes its place."""
 
-_STAND_INS_LOCK = threading.Lock()  # torch keeps the list of what is allowed in a global
+STAND_INS_LOCK = threading.Lock()  # torch keeps the list of what is allowed in a global
 
 
 def _torch_load(path: Path, device: str) -> Any:
     try:
-        with _opened(path) as file, _STAND_INS_LOCK, torch.serialization.safe_globals(_STAND_INS):
+        with _opened(path) as file, STAND_INS_LOCK, torch.serialization.safe_globals(STAND_INS):
             return torch.load(
                 file, map_location=device, weights_only=True
             )  # by its name, torch may take another format

@@ -21,6 +21,7 @@ from sane_ray.tokens.store.progress_bar import checkpoint_bar
 from sane_ray.tokens.store.reading import TokenStore, file_digest, json_digest
 from sane_ray.zoo.filters import select
 from sane_ray.zoo.readers import Record
+from sane_ray.zoo.tables import clean_text
 
 _GATES = ("max_architectures", "max_skipped")
 """Config fields that decide whether a store is written, not what is in it."""
@@ -144,7 +145,7 @@ def _entry(record: Record, source: Path, looks: dict[str, tuple[int, int]]) -> E
     if record.path not in looks:
         looks[record.path] = look(record.path)
     known = [record.properties, record.config, record.license, record.parents, record.split]
-    return Entry(os.path.relpath(record.path, source), *looks[record.path], json_digest(known)[:16])
+    return Entry(clean_text(os.path.relpath(record.path, source)), *looks[record.path], json_digest(known)[:16])
 
 
 def matching(inputs: Inputs, destination: Path) -> TokenStore | None:

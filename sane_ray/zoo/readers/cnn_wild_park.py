@@ -22,9 +22,7 @@ from typing import Any
 import torch
 
 from sane_ray.errors import InputError
-from sane_ray.zoo.checkpoint import _STAND_INS as STAND_INS
-from sane_ray.zoo.checkpoint import _STAND_INS_LOCK as STAND_INS_LOCK
-from sane_ray.zoo.checkpoint import Checkpoint, LoadedCheckpoint, find_state_dict
+from sane_ray.zoo.checkpoint import STAND_INS, STAND_INS_LOCK, Checkpoint, LoadedCheckpoint, find_state_dict
 from sane_ray.zoo.readers import Record, Value
 from sane_ray.zoo.readers.folders import walk
 
@@ -271,7 +269,7 @@ def _no_cache(*_: Any) -> dict[Any, Any]:
 
 
 _NODES = ("AnyNode", "BooleanNode", "BytesNode", "EnumNode", "FloatNode", "IntegerNode", "PathNode", "StringNode")
-_STAND_INS: list[Any] = [
+_OMEGACONF: list[Any] = [
     (_Node, "omegaconf.dictconfig.DictConfig"),
     (_Node, "omegaconf.listconfig.ListConfig"),
     (_Node, "omegaconf.base.ContainerMetadata"),
@@ -290,7 +288,7 @@ def _read(path: str, member: str) -> WildParkCheckpoint:
         raise InputError(f"{path}: no such checkpoint file; {_AGAIN}")
     source = BytesIO(_member(path, member)) if member else path
     try:
-        with STAND_INS_LOCK, torch.serialization.safe_globals([*STAND_INS, *_STAND_INS]):
+        with STAND_INS_LOCK, torch.serialization.safe_globals([*STAND_INS, *_OMEGACONF]):
             content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in whatever way its bytes happen to lead to
         needs = re.search(r"GLOBAL (\S+)", str(error))

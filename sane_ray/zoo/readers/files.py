@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +19,7 @@ from sane_ray.errors import InputError
 from sane_ray.zoo import checkpoint
 from sane_ray.zoo.checkpoint import Checkpoint
 from sane_ray.zoo.readers import Record, Value
+from sane_ray.zoo.readers.folders import is_folder, scan
 
 NAME = "files"
 SUFFIXES = (".pt", ".pth", ".pt.tar", ".pth.tar", ".bin", ".ckpt", ".safetensors")
@@ -100,61 +101,11 @@ def open_checkpoint(record: Record) -> Checkpoint:
     return checkpoint.open_checkpoint(record.path)
 
 
-def walk(
-    root: Path, descend: Callable[[str], bool] = lambda name: True
-) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Folders under ``root`` and what is in them by name: real folders first, then those behind links, each once.
-
-    Hidden folders are passed over; unreadable ones and names that are no text are logged. Links to folders around
-    ``root`` are not followed.
-
-    Args:
-        root: where to begin; itself among them.
-        descend: whether to look into a folder of that name.
-    """
-    above = [folder.stat() for folder in Path(os.path.realpath(root)).parents]
-    seen = {(status.st_dev, status.st_ino) for status in above}
-    folders, links = [str(root)], list[str]()
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
-        try:
-            status = Path(folder).stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as found:
-                entries = sorted((each for each in found if _is_text(each)), key=lambda entry: entry.name)
-        except OSError as error:
-            _LOG.warning("%s: cannot be read (%s); passed over", folder, error.strerror)
-            continue
-        yield folder, entries
-        deeper = [each for each in entries if each.name[0] != "." and is_folder(each) and descend(each.name)]
-        folders += [each.path for each in reversed(deeper) if not each.is_symlink()]
-        links += [each.path for each in deeper if each.is_symlink()]
-
-
-def _is_text(entry: os.DirEntry[str]) -> bool:
-    try:
-        entry.name.encode()
-    except UnicodeEncodeError:
-        _LOG.warning("%s: its name is no UTF-8; passed over, rename it to have it read", ascii(entry.path))
-        return False
-    return True
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link to one; a link that leads nowhere or in circles is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
 def _paths(root: Path) -> list[Path]:
     if root.is_file():
         return [root] if _SUFFIX.search(root.name) or "." not in root.name else []
     files, links, passed_over = list[str](), list[str](), 0
-    for _, entries in walk(root) if root.is_dir() else ():
+    for _, entries in scan(root) if root.is_dir() else ():
         for entry in entries:
             match = _SUFFIX.search(entry.name)
             if match is None or entry.name[0] == "." or is_folder(entry):

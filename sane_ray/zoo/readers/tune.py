@@ -23,7 +23,7 @@ from sane_ray.errors import InputError
 from sane_ray.zoo import checkpoint
 from sane_ray.zoo.checkpoint import Checkpoint
 from sane_ray.zoo.readers import Record, Value
-from sane_ray.zoo.readers.files import is_folder, walk
+from sane_ray.zoo.readers.folders import is_folder, scan
 
 NAME = "tune"
 LOOKS_FOR = "model folders with checkpoint_<epoch>/checkpoints in them (published Ray Tune layout)"
@@ -90,7 +90,7 @@ def open_checkpoint(record: Record) -> Checkpoint:
 
 def _model_folders(root: Path) -> Iterator[tuple[str, dict[int, list[str]]]]:
     """Every folder that has checkpoint folders, with their names by epoch."""
-    for folder, entries in walk(root.absolute(), descend=lambda name: _CHECKPOINT.fullmatch(name) is None):
+    for folder, entries in scan(root.absolute(), descend=lambda name: _CHECKPOINT.fullmatch(name) is None):
         epochs: dict[int, list[str]] = defaultdict(list)
         for entry in entries:
             match = _CHECKPOINT.fullmatch(entry.name)

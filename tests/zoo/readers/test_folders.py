@@ -22,3 +22,10 @@ def test_links_are_followed_and_a_circle_of_links_ends(tmp_path: Path):
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "root")
     (tmp_path / "root" / "twice").symlink_to(tmp_path / "elsewhere")
     assert [folder.name for folder, _, _ in walk(tmp_path / "root")] == ["root", "linked"]
+
+
+def test_a_link_upwards_does_not_lead_out_of_the_zoo(tmp_path: Path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "sibling").mkdir()
+    (tmp_path / "root" / "up").symlink_to("..")
+    assert [folder.name for folder, _, _ in walk(tmp_path / "root")] == ["root"]
