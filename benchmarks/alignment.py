@@ -10,8 +10,8 @@ Pairs:
 * ``resnet18 planted``: the second is the first with permuted channels and noise of half the weights' deviation. Easy.
 * ``cnn``: pairs of the small networks of the zoos (2,464 parameters); what counts is the work around the arithmetic.
 
-Another pair: ``--pair FIRST SECOND`` (checkpoint files of a ResNet-18). Both sides get the same pairs, alternately, each
-run with another seed (the order of the permutations, which changes how many sweeps it takes), and report medians. The
+Another pair: ``--pair FIRST SECOND`` (checkpoint files of a ResNet-18). Both sides get the same pairs, alternately, and
+each run another seed (the order of the permutations, which changes how many sweeps it takes). Seconds are medians. The
 similarity is the cosine of all weights that move, statistics of batch norms included.
 
 The published code (public repository HSG-AIML/SANE) is not part of this project. ``--published`` names a checkout; the
@@ -32,6 +32,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from sane_ray.tokens.alignment import Matcher
+from sane_ray.tokens.symmetry import Symmetry, derive_symmetry, permute, random_permutations
+from sane_ray.tokens.tokenizer import build_layer_table
+from sane_ray.zoo.architectures import architecture_for, parameter_shapes
+from sane_ray.zoo.checkpoint import load_state_dict
+
 LEAST = 10.0
 MATCHING = Path("src", "SANE", "git_re_basin", "git_re_basin.py")
 
@@ -47,19 +58,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="for matrix products; 1 as in a Ray task of one CPU")
     return parser.parse_args(arguments)
 
-
-if __name__ == "__main__":  # before numpy is loaded, which reads it once
-    os.environ["OMP_NUM_THREADS"] = str(parse().threads)
-
-import numpy as np
-import torch
-from torch import Tensor
-
-from sane_ray.tokens.alignment import Matcher
-from sane_ray.tokens.symmetry import Symmetry, derive_symmetry, permute, random_permutations
-from sane_ray.tokens.tokenizer import build_layer_table
-from sane_ray.zoo.architectures import architecture_for, parameter_shapes
-from sane_ray.zoo.checkpoint import load_state_dict
 
 StateDict = dict[str, Tensor]
 
@@ -87,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a line for each pair."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    threadpool_limits(options.threads)
     published = load_published(options.published)
     print(f"{'pair':22}{'ours ms':>12}{'similarity':>12}{'published ms':>14}{'similarity':>12}{'ratio':>8}")
     for pair in pairs(options):
