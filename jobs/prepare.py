@@ -73,7 +73,7 @@ def audit(config: PrepareJob, records: list[Record], source: Path, dry_run: bool
         return f"would read {len(records):,} checkpoints of {source}, and say what they are"
     catalog = default_storage(config.storage) / "catalogs" / f"{paths(config)[1].name}.parquet"
     with connect(config.cluster):
-        others = unclaimed(source, records) if not config.hub else []
+        others = unclaimed(source, records) if paths(config)[0].is_dir() or config.hub else []
         text = audit_zoo(records, catalog, config.tokens, source=source, unclaimed=others)
     return f"{text}\n\ncatalog {catalog}; next: python jobs/prepare.py --source {config.source or source}"
 

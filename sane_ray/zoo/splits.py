@@ -3,8 +3,10 @@
 A model's split follows from the seed and its own name alone: a hash of both is a number in [0, 1), and the fractions
 cut that interval. So models that come or go move no other. Never splits the checkpoints of one model.
 
-Two corrections make small zoos usable, and only they look at other models: an architecture without a training model
-gives one, and a split that stayed empty takes one; each time the model whose number is nearest.
+Small zoos need more care than chance gives, and only there do other models count: up to ``SMALL`` models the fractions
+are met as exactly as whole models allow, in the order of the numbers, so that a model that is added moves at most its
+neighbours at the two borders. In zoos of any size, an architecture without a training model gives one, and a split that
+stayed empty takes one; each time the model whose number is nearest.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from sane_ray.zoo.readers import Value
 from sane_ray.zoo.tables import plain_rows, read_table
 
 SPLITS = ("train", "val", "test")
+
+SMALL = 40
+"""Up to so many models, fractions are met exactly."""
 
 _FORMS = "a table with columns model and split, or JSON {model: split} or {split: [models]}"
 _LOG = logging.getLogger(__name__)
@@ -78,6 +83,9 @@ def split_groups(groups: Mapping[str, Iterable[str]], fractions: Sequence[float]
         the training of its architecture, or as the only one of its split.
     """
     numbers = {group: _number(seed, group) for group in groups}
+    if len(groups) <= SMALL:
+        ranked = sorted(numbers, key=lambda group: (numbers[group], group))
+        numbers = {group: (rank + 0.5) / len(ranked) for rank, group in enumerate(ranked)}
     intervals = _intervals(fractions)
     splits = {group: _split_of(number, intervals) for group, number in numbers.items()}
 

@@ -74,7 +74,7 @@ def test_a_permuted_view_is_the_same_network_permuted(zoo, tmp_path):
 
 
 def test_windows_of_a_model_in_segments_cover_it_and_are_not_permuted(zoo, tmp_path):
-    tokens = TokensConfig(dtype="float32", split=[0.5, 0.25, 0.25], segment_mb=0.001, row_group_mb=0.008)
+    tokens = TokensConfig(dtype="float32", split=[0.5, 0.25, 0.25], segment_mb=0.001, row_group_mb=0.009)
     store = write_store(discover(zoo), tmp_path / "store", tokens, source=zoo)
     assert {segment.tokens for group in store.row_groups("train") for segment in group.segments} == {26}  # 52 in two
     reader = make_reader(store, AugmentationConfig(view_1="permuted", view_2="canonical"))

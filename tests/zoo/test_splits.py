@@ -53,7 +53,7 @@ class TestByModel:
 
     def test_a_known_split_stays_as_it_is(self):
         numbers = {"m0": 0.932, "m1": 0.648, "m2": 0.072, "m3": 0.275, "m4": 0.911}  # sha256 of 0:m0, 0:m1, ...
-        splits = split(zoo(40), split=[0.65, 0.28, 0.07])
+        splits = split(zoo(400), split=[0.65, 0.28, 0.07])
         assert {model: splits[model] for model in numbers} == {
             "m0": "test", "m1": "train", "m2": "train", "m3": "train", "m4": "val",
         }  # fmt: skip
@@ -85,22 +85,27 @@ class TestSmallZoos:
     def test_one_model_of_each_architecture_is_all_training(self):
         assert set(split(zoo(5), {f"m{model}": str(model) for model in range(5)}).values()) == {"train"}
 
-    def test_the_nearest_model_moves(self):
-        groups = {f"m{model}": ["one"] for model in range(4)}
-        for seed in range(50):
-            numbers = split_groups({**groups, **{f"x{i}": ["one"] for i in range(200)}}, [0.7, 0.15, 0.15], seed)
-            plain = {group: numbers[group] for group in groups}  # of a zoo so large that none has to move
-            moved = [
-                group for group, name in split_groups(groups, [0.7, 0.15, 0.15], seed).items() if name != plain[group]
-            ]
-            if set(plain.values()) == set(SPLITS):
-                assert moved == []
-            elif list(plain.values()).count("train") == 3:
-                assert len(moved) == 1
+    @pytest.mark.parametrize("models", [8, 20, 40])
+    def test_fractions_are_met_exactly(self, models: int):
+        for seed in range(20):
+            counts = Counter(split(zoo(models), seed=seed, split=[0.5, 0.25, 0.25]).values())
+            assert counts == {"train": models // 2, "val": models // 4, "test": models // 4}
 
-    def test_more_models_move_at_most_the_one_that_was_moved(self):
-        small, large = split(zoo(3), seed=5), split(zoo(300), seed=5)
-        assert sum(small[model] != large[model] for model in small) <= 2
+    def test_one_more_model_moves_at_most_one_at_each_border(self):
+        for seed in range(50):
+            small, large = split(zoo(20), seed=seed), split(zoo(21), seed=seed)
+            assert sum(small[model] != large[model] for model in small) <= 2
+
+    def test_the_nearest_model_moves(self):
+        groups = {f"m{model}": ["one" if model else "two"] for model in range(300)}
+        for seed in range(20):
+            plain = split_groups({group: ["one"] for group in groups}, [0.7, 0.15, 0.15], seed)
+            split = split_groups(groups, [0.7, 0.15, 0.15], seed)
+            assert split == plain | {"m0": "train"}  # the only model of its architecture
+
+    def test_beyond_small_zoos_no_model_moves(self):
+        small, large = split(zoo(41), seed=5), split(zoo(300), seed=5)
+        assert all(small[model] == large[model] for model in small)
 
 
 class TestByProperty:

@@ -122,6 +122,13 @@ def is_whole(table: LayerTable, config: TokensConfig) -> bool:
 
 def check_splits(models: Sequence[int], config: TokensConfig) -> None:
     """Raises ``InputError`` if a split that should hold models holds none."""
+    if config.split_file or config.split_by != "model":  # somebody else decided; without training there is no store
+        if models[0] == 0:
+            raise InputError(
+                f"config field tokens.{'split_file' if config.split_file else 'split_by'} puts none of {sum(models):,} "
+                "usable models into train: name another"
+            )
+        return
     sizes = zip(SPLITS, models, config.split, strict=True)
     empty = [name for name, count, fraction in sizes if fraction > 0 and count == 0]
     if empty:

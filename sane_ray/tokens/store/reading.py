@@ -37,6 +37,7 @@ from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import Normalization
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tokens.tokenizer import LayerTable, detokenize
+from sane_ray.zoo.splits import SPLITS
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 
@@ -44,7 +45,6 @@ FORMAT = "sane_ray token store"
 VERSION = 2
 """Raised whenever a reader of the old layout would misread the new one."""
 
-SPLITS = ("train", "val", "test")
 INDEX_FILE = "store.json"
 MODELS_FILE = "models.parquet"
 SEGMENTS_FILE = "segments.parquet"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from sane_ray.tokens.store.reading import SPLITS, Architecture, TokenStore
+from sane_ray.tokens.store.text_table import table as columns
+from sane_ray.tokens.store.text_table import value_range
 
 _LISTED = 20
 """Skipped checkpoints shown."""
@@ -54,7 +54,7 @@ def _splits(store: TokenStore) -> list[str]:
         counts = store.counts(name)
         numbers = (counts.models, counts.checkpoints, counts.tokens, counts.parameters, counts.row_groups)
         rows.append((name or "all", *(f"{number:,}" for number in numbers)))
-    return _table(rows)
+    return columns(rows)
 
 
 def _architecture(store: TokenStore, architecture: Architecture) -> Iterator[str]:
@@ -77,7 +77,7 @@ def _architecture(store: TokenStore, architecture: Architecture) -> Iterator[str
             f"{scale:.3g}",
         )
         rows.append((str(number), key, layer.kind, shape, *sizes))
-    yield from (f"  {line}" for line in _table(rows))
+    yield from (f"  {line}" for line in columns(rows))
     if table.untokenized:
         yield "  not in the tokens:"
         for entry in table.untokenized:
@@ -101,27 +101,5 @@ def _columns(store: TokenStore) -> Iterator[str]:
     rows: list[Sequence[str]] = [("known of them", "values", "range")]
     for name in names:
         column = store.models[name]
-        rows.append((name, f"{len(column) - column.null_count:,}", _range(column)))
-    yield from ("", *_table(rows))
-
-
-def _range(column: pa.ChunkedArray) -> str:
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        ends: Any = pc.min_max(column).as_py()
-        return f"{ends['min']:.6g} to {ends['max']:.6g}"
-    values = sorted(str(value) for value in pc.unique(column.drop_null()).to_pylist())
-    shown = ", ".join(values[:6])
-    return shown if len(values) <= 6 else f"{shown}, … ({len(values):,} values)"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell; numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = [all(row[column].replace(",", "").isdigit() for row in rows[1:]) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+        rows.append((name, f"{len(column) - column.null_count:,}", value_range(column)))
+    yield from ("", *columns(rows))
