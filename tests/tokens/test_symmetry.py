@@ -445,16 +445,6 @@ def parts_of(axis):
     return axis if isinstance(axis, tuple) else (axis,) if axis is not None else ()
 
 
-def movable(symmetry):
-    """Permutations by the axes they move, whatever their names."""
-    places = {name: set() for name in symmetry.sizes}
-    for key, axes in symmetry.axes.items():
-        for place, axis in enumerate(axes):
-            for part in parts_of(axis):
-                places[part].add((key, place))
-    return {frozenset(found) for found in places.values()}
-
-
 @pytest.mark.parametrize("name", ["resnext50", "vgg11_bn", "gpt2_heads", "llama_heads", "encoder_heads"])
 def test_no_axis_of_a_known_family_could_be_left_out(name):
     make, inputs, hints, _ = KNOWN[name]

@@ -125,7 +125,9 @@ def test_traced_symmetries_keep_the_function(name):
     make, inputs, sizes = NETWORKS[name]
     network, inputs = nets.trained(make, inputs)
     before = copy.deepcopy(network.state_dict())
+    random_state = torch.get_rng_state()
     symmetry = trace_symmetry(network, inputs)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert symmetry.sizes == sizes if isinstance(sizes, dict) else len(symmetry.sizes) == sizes
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     check_function(network, inputs, symmetry)

@@ -310,10 +310,11 @@ def _make_channels_differ(module: nn.Module, example: _Example, rng: np.random.G
 
 @torch.no_grad()
 def _outputs(module: nn.Module, example: _Example) -> list[Tensor]:
-    torch.manual_seed(0)
-    return [
-        each.clone() for each in pytree.tree_leaves(module(*example.args, **example.kwargs)) if isinstance(each, Tensor)
-    ]
+    """All tensors that the module returns; what it draws at random is the same each time, and nobody else's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = module(*example.args, **example.kwargs)
+    return [each.clone() for each in pytree.tree_leaves(found) if isinstance(each, Tensor)]
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
