@@ -59,12 +59,6 @@ ZOOS = (
     _model_zoo("svhn-cnn", 6632120, "small CNNs on SVHN"),
     _model_zoo("usps-cnn", 6633626, "small CNNs on USPS"),
     _model_zoo("cifar10-cnn", 6620868, "small and large CNNs on CIFAR-10 (2,864 and 10,853 parameters)"),
-    _model_zoo(
-        "cifar10-cnn-large-seed",
-        6620869,
-        "large CNNs on CIFAR-10 that differ by seed (10,853 parameters)",
-        "cifar_large_seed.zip",
-    ),
     _model_zoo("stl10-cnn", 6631783, "small and large CNNs on STL-10 (2,864 and 10,853 parameters)"),
     PublicZoo(
         "stl10-cnn-preprocessed",
