@@ -276,7 +276,7 @@ def _fit(found: Found, splits: Mapping[str, str], config: TokensConfig) -> dict[
                 "tokens.split, or leave it out with tokens.where"
             )
         table = found.tables[key].resized(token_size)
-        symmetry = _symmetry(table, example, given)
+        symmetry = _symmetry(table, _hints([found.records[position] for position in positions]), given)
         architectures[key] = Architecture(_name(key, example), table, symmetry, _normalization(trained, config))
     _check_used(given, architectures.values())
     return architectures
@@ -289,9 +289,19 @@ def _normalization(trained: Sequence[Seen], config: TokensConfig) -> Normalizati
     return fit(statistics, config.normalization)
 
 
-def _symmetry(table: LayerTable, example: Record, given: Mapping[str, Symmetry]) -> Symmetry:
+def _symmetry(table: LayerTable, hints: Mapping[str, Any], given: Mapping[str, Symmetry]) -> Symmetry:
     """The first of the given symmetries that fits, else what is known of the family."""
-    return next((one for one in given.values() if _misfit(one, table) is None), None) or derive_symmetry(table)
+    return next((one for one in given.values() if _misfit(one, table) is None), None) or derive_symmetry(table, hints)
+
+
+def _hints(records: Sequence[Record]) -> Mapping[str, Any]:
+    """The config of models of one architecture, if they agree on their attention heads, which no shape shows."""
+    said = {tuple(sorted(item for item in record.config.items() if _is_of_heads(*item))) for record in records}
+    return records[0].config if len(said) == 1 else {}
+
+
+def _is_of_heads(name: str, value: Any) -> bool:
+    return "head" in name.lower() or "alibi" in f"{name}={value}".lower()
 
 
 def _misfit(symmetry: Symmetry, table: LayerTable) -> InputError | None:

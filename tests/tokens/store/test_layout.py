@@ -8,7 +8,7 @@ from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import Normalization
 from sane_ray.tokens.store import SPLITS, Architecture
-from sane_ray.tokens.store.layout import Row, check_splits, plan
+from sane_ray.tokens.store.layout import Row, _hints, check_splits, plan
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tokens.tokenizer import build_layer_table
 from sane_ray.zoo.catalog import Record
@@ -71,3 +71,13 @@ def test_the_order_mixes_models_and_comes_from_the_seed():
 
     assert order(0) == order(0) != order(1)
     assert sum(one == other for one, other in itertools.pairwise(order(0))) < 15  # stored model by model it would be 40
+
+
+def test_heads_are_told_apart_only_where_all_models_have_as_many():
+    def of(**config: object) -> Record:
+        return Record("a/0", "a", 0, "", config=config)
+
+    assert _hints([of(num_attention_heads=4, seed=1), of(num_attention_heads=4, seed=2)])["num_attention_heads"] == 4
+    assert _hints([of(num_attention_heads=4), of(num_attention_heads=8)]) == {}
+    assert _hints([of(num_attention_heads=4), of()]) == {}
+    assert _hints([of(num_attention_heads=4), of(num_attention_heads=4, position="alibi")]) == {}
