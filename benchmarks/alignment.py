@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,9 @@ def compare(pair: Pair, published: Any, repetitions: int) -> tuple[list[Run], li
     ours: list[Run] = []
     theirs: list[Run] = []
     for seed in range(repetitions):
-        ours.append(timed(pair, symmetry, lambda seed=seed: align(pair, symmetry, seed)))
+        ours.append(timed(pair, symmetry, partial(align, pair, symmetry, seed)))
         if published is not None:
-            theirs.append(timed(pair, symmetry, lambda seed=seed: align_published(pair, symmetry, published, seed)))
+            theirs.append(timed(pair, symmetry, partial(align_published, pair, symmetry, published, seed)))
     return ours, theirs
 
 
@@ -130,7 +131,7 @@ def align(pair: Pair, symmetry: Symmetry, seed: int) -> list[dict[str, Any]]:
 def align_published(pair: Pair, symmetry: Symmetry, published: Any, seed: int) -> list[dict[str, Any]]:
     """The published code's permutations, under our names."""
     spec = getattr(published, pair.spec)()
-    names = {
+    names: dict[str, Any] = {
         theirs: ours
         for key, axes in spec.axes_to_perm.items()
         for theirs, ours in zip(axes, symmetry.axes.get(key, ()), strict=False)
