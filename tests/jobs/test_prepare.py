@@ -1,13 +1,16 @@
 """The prepare job as a user runs it."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sane_ray.config import PrepareJob, TokensConfig
 from sane_ray.errors import InputError
@@ -91,6 +94,102 @@ def test_a_missing_zoo_is_one_sentence_and_status_2(tmp_path: Path):
         f"error: --source {tmp_path / 'nowhere'} does not exist: name the folder of a zoo, or build one with "
         "`python jobs/build_zoo.py`"
     )
+
+
+def nasty(folder: Path) -> Path:
+    """A folder as users have them: twelve good models, and everything that can be wrong with a file."""
+    generator = torch.Generator().manual_seed(1)
+
+    def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        shapes = {"net.0.weight": (6, 5), "net.0.bias": (6,), "net.2.weight": (3, 6), "net.2.bias": (3,)}
+        return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}
+
+    for number in range(10):
+        (folder / f"group_{number % 3}").mkdir(parents=True, exist_ok=True)
+        torch.save(weights(), folder / f"group_{number % 3}" / f"good_{number}.pt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in weights().items()}}, folder / "wrapped.pth.tar")
+    save_file(weights(torch.float16), folder / "模型.safetensors")
+    torch.save(weights(torch.bfloat16) | {"k" * 300: torch.ones(2), "empty": torch.empty(0, 3)}, folder / "odd.pt")
+    (folder / "empty.pt").touch()
+    (folder / "text.pt").write_text("not a checkpoint")
+    (folder / "cut.pt").write_bytes((folder / "group_0" / "good_0.pt").read_bytes()[:700])
+    (folder / "noise.ckpt").write_bytes(bytes(range(256)) * 20)
+    torch.save(torch.nn.Linear(5, 6), folder / "module.pt")
+    torch.save(weights() | {"net.0.weight": torch.full((6, 5), torch.nan)}, folder / "nan.pt")
+    torch.save(weights() | {"net.0.weight": torch.ones(6, 5, dtype=torch.int8)}, folder / "int8.pt")
+    torch.save(torch.load(folder / "group_0" / "good_0.pt"), folder / "copy.pt")
+    (folder / "gone.pt").symlink_to(folder / "nowhere.pt")
+    (folder / "group_0" / "around").symlink_to(folder)
+    return folder
+
+
+def test_an_audit_tells_all_and_its_catalog_is_a_source(ray_session, tmp_path: Path, capsys):
+    zoo = nasty(tmp_path / "models")
+    tokens = TokensConfig(max_architectures=2, split=[1.0, 0.0, 0.0])
+    prepare.main(PrepareJob(source=str(zoo), storage=str(tmp_path), audit=True, tokens=tokens), False)
+    text = capsys.readouterr().out
+    assert "dequantise it first" in text and "needs Python code" in text and "NaN or infinite" in text
+    assert "left out: 9 of 22 checkpoints" in text
+    assert f"catalog {tmp_path / 'catalogs' / 'models.parquet'}; next: " in text
+    assert not (tmp_path / "stores").exists()
+
+    catalog = tmp_path / "catalogs" / "models.parquet"
+    rows = pq.read_table(catalog).to_pylist()
+    bad = ("cut", "empty", "gone", "group_0/good_0", "int8", "module", "nan", "noise", "text")
+    assert {row["model"] for row in rows if row["status"] == "left out" and row["reason"]} == set(bad)
+    prepare.main(PrepareJob(source=str(catalog), storage=str(tmp_path), tokens=tokens), False)
+    assert TokenStore.open(tmp_path / "stores" / "models").counts().checkpoints == 13
+    capsys.readouterr()
+
+
+def test_bad_files_never_stop_the_good_ones(ray_session, tmp_path: Path, capsys):
+    zoo = nasty(tmp_path / "models")
+    few = TokensConfig(max_architectures=2, split=[1.0, 0.0, 0.0])
+    with pytest.raises(InputError, match=r"8 of 22 checkpoints cannot be used, and config field tokens\.max_skipped"):
+        prepare.main(PrepareJob(source=str(zoo), storage=str(tmp_path), tokens=few), False)
+    tokens = TokensConfig(max_architectures=2, split=[1.0, 0.0, 0.0], max_skipped=0.5)
+    prepare.main(PrepareJob(source=str(zoo), storage=str(tmp_path), tokens=tokens), False)
+    output = capsys.readouterr().out
+    assert output.count("left out ") == 9 and "left out group_0/good_0.pt: has the same weights as copy/0" in output
+    store = TokenStore.open(tmp_path / "stores" / "models")
+    assert store.counts().checkpoints == 13 and len(store.catalog) == 22
+    assert "模型" in store.models["model"].to_pylist()
+
+
+def test_conditions_properties_and_thresholds_choose_checkpoints(ray_session, zoo: Path, tmp_path: Path, capsys):
+    rows = [
+        f"model_{model}/checkpoint_{epoch}/checkpoints,{model / 4 + epoch / 100}"
+        for model in range(4)
+        for epoch in (0, 1)
+    ]
+    (tmp_path / "table.csv").write_text("path,score\n" + "\n".join(rows) + "\n")
+    tokens = TokensConfig(where="score >= quantile(score, 0.25) and epoch == 1", split=[1.0, 0.0, 0.0])
+    job = PrepareJob(source=str(zoo), store=str(tmp_path / "s"), properties=str(tmp_path / "table.csv"), tokens=tokens)
+    prepare.main(job, False)
+    store = TokenStore.open(tmp_path / "s")
+    assert store.models["id"].to_pylist() == ["model_1/1", "model_2/1", "model_3/1"]
+    assert store.models["property.score"].to_pylist() == [0.26, 0.51, 0.76]
+    assert len(store.skipped) == 5 and store.index["left_out"] == {"unusable": 0, "not wanted": 5}
+    capsys.readouterr()
+    with pytest.raises(InputError, match=r"scoer.*did you mean|no record has.*scoer"):
+        prepare.main(dataclasses.replace(job, tokens=TokensConfig(where="scoer > 1")), False)
+    with pytest.raises(InputError, match="leaves out all 8 checkpoints"):
+        prepare.main(dataclasses.replace(job, tokens=TokensConfig(where="score > 99")), False)
+
+
+def test_the_public_zoos_are_listed_and_a_dry_run_downloads_nothing(tmp_path: Path):
+    listed = run("--zoo", "list", cwd=tmp_path)
+    assert listed.returncode == 0 and "cifar10-cnn-sample" in listed.stdout
+    planned = run("--zoo", "cifar10-cnn-sample", "--dry-run", cwd=tmp_path)
+    assert planned.returncode == 0 and "would download cifar10-cnn-sample" in planned.stdout
+    assert list(tmp_path.iterdir()) == []
+    wrong = run("--zoo", "cifar10-cnn-sampel", cwd=tmp_path)
+    assert wrong.returncode == 2 and "cifar10-cnn-sample" in wrong.stderr
+
+
+def test_two_sources_are_refused(tmp_path: Path):
+    done = run("--source", "here", "--zoo", "mnist-cnn", cwd=tmp_path)
+    assert done.returncode == 2 and "name different checkpoints: give one of them" in done.stderr
 
 
 def test_help_teaches(tmp_path: Path):
