@@ -24,7 +24,7 @@ from sane_ray.tokens.store.inspection import why
 from sane_ray.tokens.store.layout import Row, is_whole
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.zoo.catalog import open_record
-from sane_ray.zoo.readers import Record
+from sane_ray.zoo.readers import Record, bare
 
 _MODELS_A_TASK = 16
 
@@ -99,10 +99,10 @@ def jobs(rows: Sequence[Row], chosen: Mapping[str, Row]) -> list[AlignJob]:
     work = []
     for name, reference in chosen.items():
         symmetry = reference.architecture.symmetry.to_dict()
-        members = [row.record for row in _last_checkpoints(rows).values() if row.architecture.name == name]
+        members = [bare(row.record) for row in _last_checkpoints(rows).values() if row.architecture.name == name]
         others = [record for record in members if record.model != reference.record.model]
         for start in range(0, len(others), _MODELS_A_TASK):
-            work.append(AlignJob(reference.record, others[start : start + _MODELS_A_TASK], symmetry))
+            work.append(AlignJob(bare(reference.record), others[start : start + _MODELS_A_TASK], symmetry))
     return work
 
 

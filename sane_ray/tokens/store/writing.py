@@ -59,7 +59,7 @@ from sane_ray.tokens.store.reading import SPLITS, Architecture, Segment, TokenSt
 from sane_ray.tokens.store.token_files import FileJob, Job, Settings, write_part
 from sane_ray.tokens.tokenizer import LayerTable, build_layer_table
 from sane_ray.zoo.catalog import open_record
-from sane_ray.zoo.readers import Record
+from sane_ray.zoo.readers import Record, bare
 from sane_ray.zoo.splits import assign_splits
 
 _MAX_BLOCKS = 1000
@@ -162,7 +162,8 @@ def inspect(inputs: Inputs) -> Found:
     large = [position for position, size in enumerate(inputs.sizes) if size > BATCH_BYTES]
     small = [position for position, size in enumerate(inputs.sizes) if size <= BATCH_BYTES]
     with checkpoint_bar("inspect checkpoints", len(inputs.records)) as progress:
-        work = batches([inputs.records[position] for position in small], [inputs.sizes[position] for position in small])
+        records = [bare(inputs.records[position]) for position in small]
+        work = batches(records, [inputs.sizes[position] for position in small])
         for batch, (seen, tables) in zip(work, _map(partial(inspect_batch, settings=settings), work), strict=True):
             for place, one in enumerate(seen, start=batch.first):
                 found.add(small[place], [one], tables)
@@ -183,7 +184,7 @@ def _inspect_large(
             metas[position] = open_record(records[position]).meta
         except Exception as error:  # one odd file must not end the work on all the others
             yield position, Seen("", why(error, records[position])), {}
-    work = [share for position, meta in metas.items() for share in shares(position, records[position], meta)]
+    work = [share for position, meta in metas.items() for share in shares(position, bare(records[position]), meta)]
     tables: dict[Any, LayerTable] = {}
     results = zip(work, _map(inspect_share, work), strict=True)
     for position, group in itertools.groupby(results, lambda result: result[0].position):
@@ -265,7 +266,7 @@ def _job(part: Part, found: Found, aligned: Aligned, inputs: Inputs) -> FileJob:
         scale = l2_scale(found.seen[row.position]) if inputs.config.normalization == "l2" else None
         return Job(
             Segment(row.ordinal, first, tokens),
-            row.record,
+            bare(row.record),
             entry.bytes,
             entry.mtime_ns,
             row.architecture.name,

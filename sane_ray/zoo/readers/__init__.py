@@ -7,7 +7,7 @@ files) and ``open_checkpoint(record)`` (the tensors, read lazily; never runs cod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Value = float | int | str | None
 """One property of a checkpoint, or one setting of its training."""
@@ -39,3 +39,8 @@ class Record:
     """Lineage: the models that this one was made from, such as the base model of a fine-tuned one."""
     split: str | None = None
     """``train``, ``val`` or ``test`` where the zoo comes with a published split."""
+
+
+def bare(record: Record) -> Record:
+    """The record without what is known of the network: enough to open it, and light to send to tasks."""
+    return replace(record, properties={}, config={})
