@@ -410,7 +410,8 @@ class PrepareJob:
     """Format of the source; `auto` recognises it."""
 
     properties: str = ""
-    """CSV or Parquet with a column `path` (relative to the source) and one column a property of the checkpoint there."""
+    """CSV or Parquet of properties to join: a column `path` (relative to the source), `id` or `model`, and a column for
+    each property."""
 
     hub: str = ""
     """Hugging Face repository to read instead of a source, such as `org/name` or `org/name@revision`."""
