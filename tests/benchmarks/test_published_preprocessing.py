@@ -77,14 +77,9 @@ def test_a_process_that_fails_says_why(tmp_path):
 
 
 def test_ratios_follow_from_the_runs(capsys):
-    ours = [benchmark.Result(10, 1_000, 30), benchmark.Result(15, 6_000, 180)]
-    theirs = [benchmark.Result(40, 400_000, 30), benchmark.Result(190, 2_400_000, 180)]
-    assert benchmark.marginal_rate(ours) == 30
-    assert benchmark.marginal_rate(theirs) == 1
-    benchmark.compare(ours, theirs)
+    benchmark.compare(benchmark.Result(15, 6_000, 180), benchmark.Result(190, 2_400_000, 180))
     printed = capsys.readouterr().out
-    assert "12.7 times the checkpoints a second" in printed
-    assert "30.0 times beyond the start" in printed
+    assert "12.7 times the models a second" in printed
     assert "1/400 of the bytes" in printed
 
 
@@ -95,3 +90,18 @@ def test_only_missing_modules_are_put_in_place(tmp_path):
         assert (tmp_path / name / "__init__.py").exists() != installed
     assert not (tmp_path / "torch").exists()
     assert torch.__name__ == "torch"
+
+
+def test_without_the_published_code_our_own_figures_are_printed(capsys):
+    benchmark.main(["--published", "nowhere", "--models", "7"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("zoo of 7 models, 21 checkpoints")
+    assert lines[1].split()[0] == "ours"
+    assert "checkpoints/s" in lines[1]
+    assert "no published code at nowhere" in lines[2]
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        benchmark.parse(["--help"])
+    assert "runs unmodified" in capsys.readouterr().out
