@@ -605,6 +605,10 @@ an object without content takes its place."""
 STAND_INS_LOCK = threading.Lock()  # torch keeps the list of what is allowed in a global
 
 
+_TOLD = 2000
+"""Letters of an error that are looked at: a hostile file may put all of itself into the message."""
+
+
 def _torch_load(path: Path, device: str) -> Any:
     try:
         with _opened(path) as file, STAND_INS_LOCK, torch.serialization.safe_globals(STAND_INS):
@@ -629,9 +633,9 @@ def _torch_load(path: Path, device: str) -> Any:
 
 def _reason(error: Exception) -> str:
     """The telling line of torch's message, without its advice to read the file unsafely."""
-    words = type(error).__name__
+    words, text = type(error).__name__, str(error)[:_TOLD]
     for pattern in (r"WeightsUnpickler error:\s*(.+)", r"(.*\bGLOBAL\b.*)", r"(\S.*)"):
-        found = re.search(pattern, str(error))
+        found = re.search(pattern, text)
         if found:
             words = found[1]
             break

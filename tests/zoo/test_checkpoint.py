@@ -646,3 +646,13 @@ def test_a_number_format_that_torch_does_not_have(tmp_path: Path):
 def test_metadata_of_safetensors_is_no_tensor(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(save(weights(), metadata={"format": "pt"}))
     assert_same(load_state_dict(tmp_path / "model.safetensors"), weights())
+
+
+def test_a_file_that_puts_itself_into_the_message_is_refused_shortly(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "long.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "x " * 10_000_000)
+    with pytest.raises(InputError) as error:
+        open_checkpoint(tmp_path / "long.pt")
+    assert len(str(error.value)) < 1000
