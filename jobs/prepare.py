@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from sane_ray.cli import run_job
@@ -10,7 +11,7 @@ from sane_ray.cluster import connect, default_storage, local_path
 from sane_ray.config import PrepareJob
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.summary import summarize
-from sane_ray.tokens.store.writing import audit_zoo, matching_store, preview, write_store
+from sane_ray.tokens.store.writing import audit_zoo, matching_store, needs_ray, preview, write_store
 from sane_ray.zoo import public
 from sane_ray.zoo.catalog import unclaimed
 from sane_ray.zoo.readers import Record
@@ -62,7 +63,7 @@ def prepare(config: PrepareJob, records: list[Record], source: Path, destination
         print(f"{preview(records, config.tokens, source=source)}\nfrom {source}\nto   {destination}")
         return
     else:
-        with connect(config.cluster):
+        with cluster(config, records, source):
             store = write_store(records, destination, config.tokens, source=source)
     print(report(store))
 
@@ -72,10 +73,15 @@ def audit(config: PrepareJob, records: list[Record], source: Path, dry_run: bool
     if dry_run:
         return f"would read {len(records):,} checkpoints of {source}, and say what they are"
     catalog = default_storage(config.storage) / "catalogs" / f"{paths(config)[1].name}.parquet"
-    with connect(config.cluster):
+    with cluster(config, records, source):
         others = unclaimed(source, records) if paths(config)[0].is_dir() or config.hub else []
         text = audit_zoo(records, catalog, config.tokens, source=source, unclaimed=others)
     return f"{text}\n\ncatalog {catalog}; next: python jobs/prepare.py --source {config.source or source}"
+
+
+def cluster(config: PrepareJob, records: list[Record], source: Path) -> AbstractContextManager[object]:
+    """Ray, where the zoo is worth it."""
+    return connect(config.cluster) if needs_ray(records, config.tokens, source=source) else nullcontext()
 
 
 def paths(config: PrepareJob) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ from sane_ray.errors import InputError
 from sane_ray.pretraining.history import read_history
 from sane_ray.pretraining.launcher import Run, is_complete, plan_run, pretrain
 from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store.layout import table_settings
 from sane_ray.tokens.store.writing import matching_store, write_store
 from sane_ray.tokens.tokenizer import build_layer_table
 from sane_ray.tracking import default_uri, ui_command
@@ -57,7 +58,7 @@ def find_store(job: PretrainJob, storage: Path) -> TokenStore | None:
     plan = plan_zoo(job.zoo)
     check_zoo(plan, zoo)
     network = from_params(next(iter(plan.models.values())))
-    table = build_layer_table(network.state_dict(), token_size=job.tokens.token_size, batch_norm=job.tokens.batch_norm)
+    table = build_layer_table(network.state_dict(), **table_settings(job.tokens))
     if job.autoencoder.window > table.num_tokens:
         raise InputError(
             f"config field autoencoder.window is {job.autoencoder.window}, but the networks of the built-in zoo have "

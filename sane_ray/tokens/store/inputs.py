@@ -31,6 +31,10 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
 """What counts for a checkpoint that is a folder."""
 
 
+SMALL_CHECKPOINTS, SMALL_BYTES = 2000, 256e6
+"""A zoo of no more is prepared in this process, in less time than a cluster takes to start."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """What identifies one checkpoint as an input."""
@@ -78,6 +82,11 @@ class Inputs:
         """Bytes of each record's weights; a file that holds many is shared out evenly."""
         records_of = Counter(record.path for record in self.records)
         return [max(self.entries[record.id].bytes, 0) / records_of[record.path] for record in self.records]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the zoo is prepared in this process, without Ray."""
+        return len(self.records) <= SMALL_CHECKPOINTS and sum(self.sizes) <= SMALL_BYTES
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -69,7 +69,9 @@ _MAX_TRIED = 20
 def write_store(
     records: Sequence[Record], destination: str | Path, config: TokensConfig, *, source: str | Path
 ) -> TokenStore:
-    """Writes the token store of a zoo, on the Ray that this process is connected to; does nothing if it is there.
+    """Writes the token store of a zoo; does nothing if it is there.
+
+    Runs on the Ray that this process is connected to, or here if ``needs_ray`` says no; the bytes are the same.
 
     Checkpoints that cannot be used (unreadable, NaN or infinite weights, values beyond the stored number format) or
     that the config does not want are left out and listed in the store's catalog.
@@ -104,6 +106,11 @@ def matching_store(
         InputError: The destination holds a store of other inputs (says what differs), an incomplete one, or no store.
     """
     return matching(Inputs.of(records, config, source), Path(destination).expanduser().absolute())
+
+
+def needs_ray(records: Sequence[Record], config: TokensConfig, *, source: str | Path) -> bool:
+    """Whether ``write_store`` and ``audit_zoo`` need Ray: a small zoo is done before a cluster has started."""
+    return not Inputs.of(records, config, source).is_small
 
 
 def preview(records: Sequence[Record], config: TokensConfig, *, source: str | Path) -> str:
@@ -156,7 +163,8 @@ def audit_zoo(
 
 
 def inspect(inputs: Inputs) -> Found:
-    """Pass 1: reads every checkpoint once, on the Ray that this process is connected to."""
+    """Pass 1: reads every checkpoint once."""
+    run = partial(_map, here=inputs.is_small)
     found = Found.nothing(inputs.records)
     settings = table_settings(inputs.config)
     large = [position for position, size in enumerate(inputs.sizes) if size > BATCH_BYTES]
@@ -164,18 +172,18 @@ def inspect(inputs: Inputs) -> Found:
     with checkpoint_bar("inspect checkpoints", len(inputs.records)) as progress:
         records = [bare(inputs.records[position]) for position in small]
         work = batches(records, [inputs.sizes[position] for position in small])
-        for batch, (seen, tables) in zip(work, _map(partial(inspect_batch, settings=settings), work), strict=True):
+        for batch, (seen, tables) in zip(work, run(partial(inspect_batch, settings=settings), work), strict=True):
             for place, one in enumerate(seen, start=batch.first):
                 found.add(small[place], [one], tables)
             progress.update(len(seen))
-        for position, seen, tables in _inspect_large(large, inputs.records, settings):
+        for position, seen, tables in _inspect_large(large, inputs.records, settings, run):
             found.add(position, [seen], tables)
             progress.update()
     return found
 
 
 def _inspect_large(
-    positions: Sequence[int], records: Sequence[Record], settings: dict[str, Any]
+    positions: Sequence[int], records: Sequence[Record], settings: dict[str, Any], run: Callable[..., Iterator[Any]]
 ) -> Iterator[tuple[int, Seen, dict[str, LayerTable]]]:
     """Checkpoints whose slices are read by many tasks."""
     metas: dict[int, dict[str, Tensor]] = {}
@@ -186,7 +194,7 @@ def _inspect_large(
             yield position, Seen("", why(error, records[position])), {}
     work = [share for position, meta in metas.items() for share in shares(position, bare(records[position]), meta)]
     tables: dict[Any, LayerTable] = {}
-    results = zip(work, _map(inspect_share, work), strict=True)
+    results = zip(work, run(inspect_share, work), strict=True)
     for position, group in itertools.groupby(results, lambda result: result[0].position):
         answers = [answer for _, answer in group]
         failed = next((answer for answer in answers if isinstance(answer, str)), None)
@@ -213,17 +221,18 @@ def _write(inputs: Inputs, folder: Path) -> None:
     found = inspect(inputs)
     rows, architectures = arrange(found, inputs.config)
     parts = plan(rows, inputs.config)
-    aligned = _align(rows, inputs.config) if inputs.config.align == "weights" else NOT_ALIGNED
+    aligned = _align(rows, inputs) if inputs.config.align == "weights" else NOT_ALIGNED
     files = _write_parts(parts, architectures, found, aligned, inputs, folder)
     write_contents(Contents(rows, parts, architectures, files, found, aligned, inputs), folder)
 
 
-def _align(rows: Sequence[Row], config: TokensConfig) -> Aligned:
-    chosen = aligning.references(rows, config)
+def _align(rows: Sequence[Row], inputs: Inputs) -> Aligned:
+    chosen = aligning.references(rows, inputs.config)
     work = aligning.jobs(rows, chosen)
     alignments: dict[str, Alignment] = {}
     with checkpoint_bar("align models", sum(len(job.records) for job in work), unit="model") as progress:
-        for result in _map(partial(aligning.align, seed=config.seed), work):
+        align = partial(aligning.align, seed=inputs.config.seed)
+        for result in _map(align, work, here=inputs.is_small):
             if isinstance(result, str):
                 raise InputError(result)
             alignments |= result
@@ -248,7 +257,8 @@ def _write_parts(
     files: list[dict[str, Any]] = []
     tokens = sum(job.segment.tokens for job in _segments(work))
     with checkpoint_bar("write tokens", tokens, unit="token") as progress:
-        for job, result in zip(work, _map(partial(write_part, settings=settings), work), strict=True):
+        results = _map(partial(write_part, settings=settings), work, here=inputs.is_small)
+        for job, result in zip(work, results, strict=True):
             if "error" in result:
                 raise InputError(result["error"])
             files.append(_arrived(folder, result))
@@ -288,11 +298,14 @@ def _arrived(folder: Path, file: dict[str, Any]) -> dict[str, Any]:
     return file
 
 
-def _map(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Runs a function on each item in Ray Data tasks; results come in the order of the items.
+def _map(function: Callable[[Any], Any], items: Sequence[Any], *, here: bool) -> Iterator[Any]:
+    """Runs a function on each item, in this process or in Ray Data tasks; results come in the order of the items.
 
     Items and results travel pickled, as everything does between the processes of one cluster.
     """
+    if here:
+        yield from map(function, items)
+        return
     import ray
 
     if not items:

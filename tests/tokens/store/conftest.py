@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sane_ray.config import TokensConfig
-from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store import TokenStore, inputs
 from sane_ray.tokens.store.writing import write_store
 from sane_ray.zoo.catalog import discover
 
@@ -70,5 +70,15 @@ def shared_zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 
 @pytest.fixture(scope="session")
 def shared_store(ray_session: object, shared_zoo: Zoo) -> TokenStore:
-    """A store of ``shared_zoo`` with several row groups and files. Do not change it."""
-    return shared_zoo.prepare("store", row_group_mb=0.003, file_mb=0.006)
+    """A store of ``shared_zoo`` with several row groups and files, written on Ray. Do not change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "SMALL_CHECKPOINTS", 0)
+        return shared_zoo.prepare("store", row_group_mb=0.003, file_mb=0.006)
+
+
+@pytest.fixture(params=["here", "on Ray"])
+def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the test twice: its stores are written in this process, and on Ray."""
+    if request.param == "on Ray":
+        request.getfixturevalue("ray_session")
+        monkeypatch.setattr(inputs, "SMALL_CHECKPOINTS", 0)

@@ -41,7 +41,7 @@ def weights_of(store: TokenStore, zoo: Path, name: str) -> tuple[dict, dict]:
     return load_state_dict(zoo / row["source"]), store.state_dict(row["checkpoint"])
 
 
-def test_models_are_brought_together_and_stay_the_same_function(ray_session, zoo):
+def test_models_are_brought_together_and_stay_the_same_function(anywhere, zoo):
     store = zoo.prepare("store", align="weights", align_to="model_0", **EXACT)
     (architecture,) = store.architectures.values()
     origin, _ = weights_of(store, zoo.path, "model_0/1")
@@ -64,20 +64,20 @@ def test_models_are_brought_together_and_stay_the_same_function(ray_session, zoo
     assert all(row["similarity_after"] > row["similarity_before"] for row in rows)
 
 
-def test_without_alignment_weights_are_stored_as_they_are(ray_session, zoo):
+def test_without_alignment_weights_are_stored_as_they_are(zoo):
     store = zoo.prepare("store", **EXACT)
     original, stored = weights_of(store, zoo.path, "model_3/0")
     assert all(torch.equal(original[key], stored[key]) for key in stored)
     assert store.alignment("model_3") == {} and "none: weights as they were found" in summarize(store)
 
 
-def test_the_first_training_model_is_the_reference_unless_one_is_named(ray_session, zoo):
+def test_the_first_training_model_is_the_reference_unless_one_is_named(zoo):
     store = zoo.prepare("store", align="weights", **EXACT)
     train = sorted(row["model"] for row in store.models.to_pylist() if row["split"] == "train")
     assert list(store.index["alignment"]["references"].values()) == [f"{train[0]}/1"]
 
 
-def test_a_reference_that_is_not_there_is_refused(ray_session, zoo, tmp_path: Path):
+def test_a_reference_that_is_not_there_is_refused(zoo, tmp_path: Path):
     with pytest.raises(
         InputError, match=r"tokens\.align_to is 'nobody': no such model in the store; take one of model_0"
     ):
@@ -85,6 +85,6 @@ def test_a_reference_that_is_not_there_is_refused(ray_session, zoo, tmp_path: Pa
     assert not (tmp_path / "store").exists()
 
 
-def test_networks_without_known_symmetry_stay_as_they_are(ray_session, new_zoo: Callable):
+def test_networks_without_known_symmetry_stay_as_they_are(new_zoo: Callable):
     store = new_zoo(models=4, epochs=1).prepare("store", align="weights", **EXACT)
     assert store.index["alignment"]["references"] == {} and store.alignment("model_00") == {}

@@ -1,5 +1,6 @@
 """Writing a token store, end to end on Ray."""
 
+import dataclasses
 import filecmp
 import json
 import os
@@ -16,7 +17,7 @@ import torch
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import Normalization
-from sane_ray.tokens.store import SPLITS, Architecture, RowGroup, Segment, TokenStore
+from sane_ray.tokens.store import SPLITS, Architecture, RowGroup, Segment, TokenStore, inspection, writing
 from sane_ray.tokens.store.inputs import look
 from sane_ray.tokens.store.token_files import FileJob, Job, Settings, write_part
 from sane_ray.tokens.store.writing import matching_store, preview
@@ -61,18 +62,18 @@ def test_every_checkpoint_comes_back(shared_store: TokenStore, shared_zoo):
     assert_round_trip(shared_store, shared_zoo.path, 0.004)  # values up to 8 scales, half of 2^-10 of them
 
 
-def test_float32_without_normalisation_is_bit_equal(ray_session, shared_zoo, tmp_path: Path):
+def test_float32_without_normalisation_is_bit_equal(shared_zoo, tmp_path: Path):
     store = shared_zoo.prepare(tmp_path / "store", dtype="float32", normalization="none")
     assert_round_trip(store, shared_zoo.path, 0.0)
 
 
-def test_bfloat16(ray_session, shared_zoo, tmp_path: Path):
+def test_bfloat16(shared_zoo, tmp_path: Path):
     store = shared_zoo.prepare(tmp_path / "store", dtype="bfloat16")
     assert store.read_row_group(store.row_groups("val")[0])[0][1].dtype == np.uint16
     assert_round_trip(store, shared_zoo.path, 0.03)
 
 
-def test_l2_keeps_the_norms_of_each_model(ray_session, shared_zoo, tmp_path: Path):
+def test_l2_keeps_the_norms_of_each_model(shared_zoo, tmp_path: Path):
     store = shared_zoo.prepare(tmp_path / "store", dtype="float32", normalization="l2")
     assert_round_trip(store, shared_zoo.path, 1e-6)
     weights = load_state_dict(shared_zoo.path / store.models["source"][3].as_py())
@@ -80,7 +81,7 @@ def test_l2_keeps_the_norms_of_each_model(ray_session, shared_zoo, tmp_path: Pat
     assert store.model_scale(3)[0] == pytest.approx(norm.item())
 
 
-def test_token_size_below_the_widest_channel_and_batch_norm_ignored(ray_session, shared_zoo, tmp_path: Path):
+def test_token_size_below_the_widest_channel_and_batch_norm_ignored(shared_zoo, tmp_path: Path):
     store = shared_zoo.prepare(tmp_path / "store", token_size=5, batch_norm="ignore", dtype="float32")
     (architecture,) = store.architectures.values()
     assert [layer.key for layer in architecture.table.layers] == ["conv.weight", "head.weight"]
@@ -133,7 +134,7 @@ def test_row_groups_are_small_mixed_and_complete(shared_store: TokenStore):
     assert any(len({models[c] for c in checkpoints_of(g)}) == len(g.segments) > 1 for g in train)
 
 
-def test_splits_are_by_model_from_the_seed(ray_session, shared_store: TokenStore, shared_zoo, tmp_path: Path):
+def test_splits_are_by_model_from_the_seed(shared_store: TokenStore, shared_zoo, tmp_path: Path):
     def splits(store: TokenStore) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
         for row in store.models.select(["model", "split"]).to_pylist():
@@ -147,7 +148,7 @@ def test_splits_are_by_model_from_the_seed(ray_session, shared_store: TokenStore
     assert splits(shared_zoo.prepare(tmp_path / "store", seed=1)) != first
 
 
-def test_statistics_come_from_the_train_split_alone(ray_session, shared_store: TokenStore, shared_zoo, tmp_path: Path):
+def test_statistics_come_from_the_train_split_alone(shared_store: TokenStore, shared_zoo, tmp_path: Path):
     def with_other_weights(split: str) -> TokenStore:
         zoo = tmp_path / split / "zoo"
         shutil.copytree(shared_zoo.path, zoo)
@@ -161,7 +162,7 @@ def test_statistics_come_from_the_train_split_alone(ray_session, shared_store: T
     assert next(iter(with_other_weights("train").architectures.values())).normalization != normalization
 
 
-def test_the_same_bytes_when_written_twice(ray_session, shared_store: TokenStore, shared_zoo, tmp_path: Path):
+def test_the_same_bytes_when_written_twice_here_and_on_ray(shared_store: TokenStore, shared_zoo, tmp_path: Path):
     again = shared_zoo.prepare(tmp_path / "again", row_group_mb=0.003, file_mb=0.006)
     files = files_of(shared_store.path)
     assert files == files_of(again.path) and len(files) > 4
@@ -169,7 +170,79 @@ def test_the_same_bytes_when_written_twice(ray_session, shared_store: TokenStore
     assert again.fingerprint == shared_store.fingerprint
 
 
-def test_epochs_can_be_chosen(ray_session, shared_zoo, tmp_path: Path):
+def test_a_large_model_in_slices_and_segments_is_the_same(
+    anywhere, shared_zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = shared_zoo.prepare(tmp_path / "whole", dtype="float32", normalization="l2")
+    monkeypatch.setattr(inspection, "BATCH_BYTES", 500)
+    monkeypatch.setattr(writing, "BATCH_BYTES", 500)
+    cut = shared_zoo.prepare(
+        tmp_path / "cut", dtype="float32", normalization="l2", segment_mb=0.0005, row_group_mb=0.0007
+    )
+    assert len(whole.segments) == 20 and len(cut.segments) == 60
+    assert cut.models["sha256"].equals(whole.models["sha256"]) and cut.architectures == whole.architectures
+    for checkpoint in range(20):
+        assert torch.equal(cut.tokens(checkpoint), whole.tokens(checkpoint))
+        restored, expected = cut.state_dict(checkpoint), whole.state_dict(checkpoint)
+        assert all(torch.equal(restored[key], expected[key]) for key in expected)
+    assert cut.counts() == dataclasses.replace(whole.counts(), row_groups=60)
+
+
+@pytest.mark.parametrize("layout", ["dense", "mixed"])
+@pytest.mark.parametrize("normalization", ["standardize", "minmax", "l2", "none"])
+def test_every_layout_and_normalisation_comes_back(shared_zoo, tmp_path: Path, layout: str, normalization: str):
+    store = shared_zoo.prepare(
+        tmp_path / "store", dtype="float32", layout=layout, normalization=normalization, token_size=8
+    )
+    assert_round_trip(store, shared_zoo.path, 0 if normalization == "none" else 1e-6)
+
+
+def test_copies_are_left_out_and_kept_on_demand(new_zoo: Callable):
+    zoo = new_zoo(models=4, epochs=1)
+    zoo.add("model_03", 7, zoo.weights(0))  # as model_00 at epoch 0
+    store = zoo.prepare("store")
+    assert [(row["id"], row["reason"]) for row in store.skipped] == [
+        ("model_03/7", "has the same weights as model_00/0")
+    ]
+    assert store.index["left_out"] == {"unusable": 0, "not wanted": 1}
+    assert len(zoo.prepare("all", duplicates="keep").models) == 5
+
+
+def test_a_threshold_is_on_weights_alone(new_zoo: Callable):
+    zoo = new_zoo(models=4, epochs=1)
+    zoo.add("large", 0, zoo.weights(5) | {"head.bias": torch.tensor([0.0, -50.0, 0.0])})
+    zoo.add("statistics", 0, zoo.weights(6) | {"norm.running_var": torch.full((4,), 9e4)})
+    store = zoo.prepare("store", weight_threshold=20.0, dtype="float32")
+    assert [row["id"] for row in store.skipped] == ["large/0"]
+    assert "weight of size 50, above tokens.weight_threshold" in store.skipped[0]["reason"]
+    with pytest.raises(InputError, match="none of 6 usable checkpoints is wanted"):
+        zoo.prepare("none", weight_threshold=1e-6)
+
+
+def test_splits_stay_put_when_models_are_added(new_zoo: Callable):
+    zoo = new_zoo(models=60, epochs=1)
+    before = zoo.prepare("before")
+    for model in range(60, 90):
+        zoo.add(f"model_{model:02d}", 0, zoo.weights(100 * model))
+    after = zoo.prepare("after")
+    splits = dict(zip(after.models["model"].to_pylist(), after.models["split"].to_pylist(), strict=True))
+    assert all(splits[row["model"]] == row["split"] for row in before.models.to_pylist())
+    same = zoo.prepare("same", split_file=str(before.path / "models.parquet"))
+    assert len(same.models) == 60 and same.models["split"].equals(before.models["split"])
+
+
+def test_a_symmetry_file_is_used_where_it_fits_and_refused_where_none_does(new_zoo: Callable, tmp_path: Path):
+    zoo = new_zoo(models=4, epochs=1)
+    symmetry = Symmetry({"conv.weight": ("hidden", None, None, None), "conv.bias": ("hidden",)}, {"hidden": 4})
+    symmetry.save(tmp_path / "symmetry.json")
+    store = zoo.prepare("store", symmetry=[str(tmp_path / "symmetry.json")])
+    assert next(iter(store.architectures.values())).symmetry == symmetry
+    Symmetry({"other.weight": ("hidden", None)}, {"hidden": 4}).save(tmp_path / "other.json")
+    with pytest.raises(InputError, match=r"other\.json fits no architecture of the zoo .*other\.weight"):
+        zoo.prepare("none", symmetry=[str(tmp_path / "other.json")])
+
+
+def test_epochs_can_be_chosen(shared_zoo, tmp_path: Path):
     store = shared_zoo.prepare(tmp_path / "store", epochs=[1, 7])
     assert set(store.models["epoch"].to_pylist()) == {1} and len(store.models) == 10
     with pytest.raises(InputError, match=r"tokens\.epochs is \[7\]: the zoo .* only epochs \[0, 1\]"):
@@ -193,7 +266,7 @@ def test_another_config_is_refused_with_what_differs(shared_store: TokenStore, s
     assert "Name another --store, or delete this one" in str(error.value)
 
 
-def test_other_checkpoints_are_refused_with_what_differs(ray_session, new_zoo: Callable, tmp_path: Path):
+def test_other_checkpoints_are_refused_with_what_differs(new_zoo: Callable, tmp_path: Path):
     zoo = new_zoo(models=4, epochs=1)
     zoo.add("broken", 0, {"weight": torch.tensor([torch.nan])})
     zoo.prepare("store", max_skipped=0.5)
@@ -235,7 +308,7 @@ def test_the_look_for_a_complete_store_writes_nothing(new_zoo: Callable, tmp_pat
     assert leftovers(tmp_path) == []
 
 
-def test_a_store_without_its_index_is_refused(ray_session, new_zoo: Callable, tmp_path: Path):
+def test_a_store_without_its_index_is_refused(new_zoo: Callable, tmp_path: Path):
     zoo = new_zoo(models=3, epochs=1)
     store = zoo.prepare("store")
     (store.path / "store.json").unlink()
@@ -255,7 +328,7 @@ def test_a_folder_of_something_else_is_not_overwritten(new_zoo: Callable, tmp_pa
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_bad_files_are_left_out_counted_and_listed(ray_session, new_zoo: Callable, tmp_path: Path):
+def test_bad_files_are_left_out_counted_and_listed(anywhere, new_zoo: Callable, tmp_path: Path):
     zoo = new_zoo(models=12, epochs=1)
     paths = [zoo.path / f"model_{model:02d}" / "checkpoint_000000" / "checkpoints" for model in range(12)]
     paths[0].write_bytes(paths[0].read_bytes()[:500])
@@ -287,7 +360,7 @@ def test_bad_files_are_left_out_counted_and_listed(ray_session, new_zoo: Callabl
     assert leftovers(tmp_path) == ["store"]
 
 
-def test_a_zoo_without_one_usable_checkpoint(ray_session, new_zoo: Callable, tmp_path: Path):
+def test_a_zoo_without_one_usable_checkpoint(new_zoo: Callable, tmp_path: Path):
     zoo = new_zoo()
     zoo.add("model", 0, {"weight": torch.full((2, 2), torch.nan)})
     with pytest.raises(InputError, match="1 of 1 checkpoints cannot be used"):
@@ -295,7 +368,7 @@ def test_a_zoo_without_one_usable_checkpoint(ray_session, new_zoo: Callable, tmp
     assert leftovers(tmp_path) == []
 
 
-def test_values_too_large_for_the_number_format(ray_session, new_zoo: Callable):
+def test_values_too_large_for_the_number_format(new_zoo: Callable):
     zoo = new_zoo(models=5, epochs=1)
     weights = zoo.weights(99)
     weights["head.weight"][0, 0] = 1e5
@@ -307,7 +380,7 @@ def test_values_too_large_for_the_number_format(ray_session, new_zoo: Callable):
     assert zoo.prepare("wide", normalization="none", dtype="bfloat16").skipped == []
 
 
-def test_two_architectures_are_refused_with_what_differs(ray_session, new_zoo: Callable, tmp_path: Path):
+def test_two_architectures_are_refused_with_what_differs(new_zoo: Callable, tmp_path: Path):
     zoo = two_architectures(new_zoo)
     with pytest.raises(InputError) as error:
         zoo.prepare("store")
@@ -318,7 +391,7 @@ def test_two_architectures_are_refused_with_what_differs(ray_session, new_zoo: C
     assert leftovers(tmp_path) == []
 
 
-def test_two_architectures_in_one_store(ray_session, new_zoo: Callable):
+def test_two_architectures_in_one_store(new_zoo: Callable):
     zoo = two_architectures(new_zoo)
     store = zoo.prepare("store", max_architectures=2, dtype="float32")
     assert store.token_size == 26 and len(store.architectures) == 2
@@ -338,7 +411,7 @@ def two_architectures(new_zoo: Callable) -> object:
     return zoo
 
 
-def test_fewer_models_than_splits(ray_session, new_zoo: Callable, tmp_path: Path):
+def test_fewer_models_than_splits(new_zoo: Callable, tmp_path: Path):
     zoo = new_zoo(models=2)
     with pytest.raises(
         InputError, match=r"tokens\.split is .* but 2 usable models leave none for (val|test): set that fraction"
