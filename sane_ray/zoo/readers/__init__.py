@@ -37,6 +37,8 @@ class Record:
     """Licence of the weights, as the zoo names it."""
     parents: tuple[str, ...] = ()
     """Lineage: the models that this one was made from, such as the base model of a fine-tuned one."""
+    beside: tuple[str, ...] = ()
+    """Absolute paths of other files that decide what the weights are, such as the layout of an array's columns."""
     split: str | None = None
     """``train``, ``val`` or ``test`` where the zoo comes with a published split."""
 
