@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from sane_ray.zoo.readers import Value
+from sane_ray.zoo.readers.side_files import plain
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,13 +79,6 @@ def number(text: str) -> int | float | str:
         except ValueError:
             pass
     return plain(text)
-
-
-def plain(value: Any) -> Any:
-    """A value that a table can hold: whole numbers beyond 64 bits as fractions, text without halves of characters."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
-        return float(str(value))
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _card(facts: dict[Any, Any], body: str) -> ModelCard:

@@ -24,9 +24,10 @@ from torch import Tensor
 from sane_ray.errors import InputError
 from sane_ray.zoo import checkpoint
 from sane_ray.zoo.checkpoint import Checkpoint, SafetensorsCheckpoint
-from sane_ray.zoo.model_card import ModelCard, number, plain, read_card
+from sane_ray.zoo.model_card import ModelCard, number, read_card
 from sane_ray.zoo.readers import Record, Value
 from sane_ray.zoo.readers.folders import walk
+from sane_ray.zoo.readers.side_files import flat, object_of, plain
 
 NAME = "huggingface"
 LOOKS_FOR = (
@@ -276,7 +277,7 @@ def _parts(base: Path, folder: Path) -> list[str]:
 
 def _record(base: Path, one: _Found, last_step: int, cards: dict[Path, ModelCard], taken: dict[str, Record]) -> Record:
     path = one.folder / one.file
-    trainer = _json_object(one.folder / "trainer_state.json")
+    trainer = object_of(one.folder / "trainer_state.json")
     own_step = trainer.get("global_step")
     if not isinstance(own_step, int) or not 0 <= own_step < 2**63:
         own_step = last_step
@@ -365,37 +366,5 @@ def _header(path: Path) -> dict[str, Any]:
     return header if isinstance(header, dict) else {}
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing if it is missing, and nothing but a warning if it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        _LOG.warning("%s: no JSON (%s); the model is read without it", path, error)
-        return {}
-    if not isinstance(content, dict):
-        _LOG.warning("%s: holds a %s, not an object; the model is read without it", path, type(content).__name__)
-        return {}
-    return content
-
-
 def _config(path: Path) -> dict[str, Value]:
-    try:
-        return _flat(_json_object(path))
-    except RecursionError:
-        _LOG.warning("%s: nested too deep; the model is read without it", path)
-        return {}
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Value]:
-    """Nested settings under ``section::name`` keys; lists as JSON text; names of classes as their number."""
-    flat: dict[str, Value] = {}
-    for key, value in content.items():
-        if key in _LABELS and isinstance(value, dict):
-            flat.setdefault(f"{prefix}num_labels", len(value))
-        elif isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}::")
-        elif value is None or isinstance(value, bool | int | float | str):
-            flat[plain(prefix + key)] = plain(value)
-        else:
-            flat[prefix + key] = json.dumps(value, sort_keys=True)
-    return flat
+    return flat(object_of(path), labels=_LABELS)

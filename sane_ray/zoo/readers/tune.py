@@ -24,6 +24,7 @@ from sane_ray.zoo import checkpoint
 from sane_ray.zoo.checkpoint import Checkpoint
 from sane_ray.zoo.readers import Record, Value
 from sane_ray.zoo.readers.folders import is_folder, scan
+from sane_ray.zoo.readers.side_files import flat, json_of, parsed, text_of
 
 NAME = "tune"
 LOOKS_FOR = "model folders with checkpoint_<epoch>/checkpoints in them (published Ray Tune layout)"
@@ -147,10 +148,10 @@ def _results(folder: str) -> dict[int, dict[str, Value]]:
 
 
 def _json_rows(path: str) -> list[dict[str, Any]]:
-    text = _text(path)
+    text = text_of(path)
     rows: list[Any] = []
     if text.lstrip().startswith("["):
-        rows = _json(path, text) or []
+        rows = parsed(path, text) or []
     else:
         damaged = 0
         for line in text.splitlines():
@@ -166,7 +167,7 @@ def _json_rows(path: str) -> list[dict[str, Any]]:
 def _csv_rows(path: str) -> list[dict[str, Any]]:
     """The same as a table, which Ray Tune writes too: settings in columns ``config/…``, nested values as ``a/b``."""
     try:
-        rows = list(csv.DictReader(_text(path).splitlines()))
+        rows = list(csv.DictReader(text_of(path).splitlines()))
     except csv.Error as error:
         _LOG.warning("%s: no table (%s); its model has no properties", path, error)
         return []
@@ -186,9 +187,9 @@ def _number(cell: str | None) -> Value:
 
 
 def _properties(row: dict[str, Any]) -> dict[str, Value]:
-    values = _flat({key: value for key, value in row.items() if key not in _BOOKKEEPING})
-    train = row.get("train_acc")
-    held_out = row["test_acc"] if row.get("test_acc") is not None else row.get("val_acc")
+    values = flat({key: value for key, value in row.items() if key not in _BOOKKEEPING})
+    train = values.get("train_acc")
+    held_out = values["test_acc"] if values.get("test_acc") is not None else values.get("val_acc")
     if isinstance(train, int | float) and isinstance(held_out, int | float):
         values["ggap"] = train - held_out
     return values
@@ -196,12 +197,8 @@ def _properties(row: dict[str, Any]) -> dict[str, Value]:
 
 def _config(folder: str, names: tuple[str, ...]) -> dict[str, Value]:
     """The settings in the first of the files that can be read."""
-    for path in (f"{folder}/{name}" for name in names):
-        text = _text(path)
-        content = _json(path, text) if text else None
-        if isinstance(content, dict):
-            return _flat(content)
-    return {}
+    contents = (json_of(f"{folder}/{name}") for name in names)
+    return flat(next((content for content in contents if isinstance(content, dict)), {}))
 
 
 def _license(root: Path, folder: str, known: dict[str, str | None]) -> str | None:
@@ -212,38 +209,3 @@ def _license(root: Path, folder: str, known: dict[str, str | None]) -> str | Non
         value = _config(folder, ("config.json",)).get("license")
         known[folder] = value if isinstance(value, str) else _license(root, str(Path(folder).parent), known)
     return known[folder]
-
-
-def _text(path: str) -> str:
-    """What a file holds; nothing where it does not exist, or, with a warning, where it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        _LOG.warning("%s: cannot be read (%s); its model is listed without it", path, error.strerror)
-        return ""
-
-
-def _json(path: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        _LOG.warning("%s: not JSON (%s); its model is listed without it", path, error)
-        return None
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Value]:
-    """Nested settings under the published ``section::name`` keys."""
-    flat: dict[str, Value] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}::")
-        else:
-            flat[prefix + key] = _value(value)
-    return flat
-
-
-def _value(value: Any) -> Value:
-    """Numbers, strings and null as they are; lists and the like as JSON text."""
-    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value, sort_keys=True)

@@ -285,3 +285,25 @@ def test_the_path_is_that_of_the_weights(tmp_path: Path):
     model = add_model(tmp_path, "model", ["checkpoint_1"])
     torch.save({"weight": torch.ones(2)}, model / "checkpoint_1" / "checkpoints")
     assert torch.equal(load_state_dict(tune.discover(tmp_path)[0].path)["weight"], torch.ones(2))
+
+
+def test_numbers_that_no_float_holds(tmp_path: Path):
+    rows = [
+        row(1, train_acc=10**400),
+        row(2, train_acc=10**400, test_acc=float("inf")),
+        {"training_iteration": 10**400},
+    ]
+    add_model(tmp_path, "model", ["checkpoint_1", "checkpoint_2"], rows, params={"seed": 10**400})
+    first, second = tune.discover(tmp_path)
+    assert first.properties["ggap"] == float("inf") and second.properties["ggap"] != second.properties["ggap"]
+    assert first.config == {"seed": float("inf")}
+
+
+@pytest.mark.parametrize("depth", [500, 900, 990])
+def test_results_and_settings_nested_as_deep_as_python_reads(tmp_path: Path, depth: int):
+    nested = '{"a":' * depth + "1" + "}" * depth
+    model = add_model(tmp_path, "model", ["checkpoint_1"])
+    (model / "params.json").write_text(nested)
+    (model / "result.json").write_text(f'{{"training_iteration": 1, "b": {nested}}}')
+    (record,) = tune.discover(tmp_path)
+    assert record.id == "model/1"
