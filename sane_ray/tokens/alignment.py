@@ -22,7 +22,7 @@ Shape suffixes: n length of a permutation; M entries of the axes that other perm
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sane_ray.errors import InputError
-from sane_ray.tokens.symmetry import Indices, Part, Symmetry, permute
+from sane_ray.tokens.symmetry import Indices, Part, Symmetry, order_of, permute
 
 Cost = Literal["all", "weights"]
 Floats = NDArray[np.floating[Any]]
@@ -186,40 +186,6 @@ class Matcher:
         return most, gained
 
 
-def to_columns(alignments: Mapping[str, Mapping[str, Indices]]) -> dict[str, list[Any]]:
-    """The permutations of many models as columns of a table, a row for each model and permutation.
-
-    Args:
-        alignments: For each model its permutations.
-
-    Returns:
-        ``model`` and ``permutation`` (names), and ``order`` (int32 arrays).
-    """
-    rows = [(model, name, order) for model, orders in alignments.items() for name, order in orders.items()]
-    return {
-        "model": [model for model, _, _ in rows],
-        "permutation": [name for _, name, _ in rows],
-        "order": [order.astype(np.int32) for _, _, order in rows],
-    }
-
-
-def from_columns(
-    models: Iterable[str], permutations: Iterable[str], orders: Iterable[Sequence[int]]
-) -> dict[str, dict[str, Indices]]:
-    """The permutations of each model, from the columns that ``to_columns`` made.
-
-    Raises:
-        InputError: An order is not a permutation.
-    """
-    found: dict[str, dict[str, Indices]] = {}
-    for model, name, order in zip(models, permutations, orders, strict=True):
-        values = np.asarray(order, dtype=np.int64)
-        if not np.array_equal(np.sort(values), np.arange(len(values))):
-            raise InputError(f"the order {name} of {model} is no permutation: prepare the store again")
-        found.setdefault(model, {})[name] = values
-    return found
-
-
 @dataclass(frozen=True)
 class _Term:
     """What a tensor says about a permutation through one part of one of its axes."""
@@ -256,7 +222,7 @@ class _Term:
         """Sources of the M entries."""
         indices: Indices = np.zeros(1, np.int64)
         for parts in self.parts:
-            order = _order(parts, permutations)
+            order = order_of(parts, permutations)
             indices = (indices[:, None] * len(order) + order).reshape(-1) if len(indices) > 1 else order
         return indices
 
@@ -286,20 +252,6 @@ def _arrange(values: Tensor, axis: int, part: Part, others: tuple[int, ...]) -> 
     moved = moved.permute([*(place[a] for a in others), *(place[a] for a in rest), axis + 1, axis])
     entries = math.prod(values.shape[other] for other in others)
     return moved.reshape(entries, -1, (part.stop - part.start) // part.block).contiguous().numpy()
-
-
-def _order(parts: Sequence[Part], permutations: Mapping[str, Indices]) -> Indices:
-    """Sources of the entries of an axis."""
-    orders = []
-    for part in parts:
-        if part.name is None:
-            orders.append(np.arange(part.start, part.stop))
-            continue
-        order = permutations[part.name]
-        if part.block > 1:
-            order = (order[:, None] * part.block + np.arange(part.block)).reshape(-1)
-        orders.append(order + part.start if part.start else order)
-    return orders[0] if len(orders) == 1 else np.concatenate(orders)
 
 
 class _Profit:

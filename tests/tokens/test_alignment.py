@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import alignment as benchmark
 
 from sane_ray.errors import InputError
-from sane_ray.tokens.alignment import Matcher, from_columns, match, to_columns
+from sane_ray.tokens.alignment import Matcher, match
 from sane_ray.tokens.symmetry import Symmetry, derive_symmetry, permute, random_permutations
 from sane_ray.tokens.tokenizer import build_layer_table
 
@@ -273,28 +273,6 @@ def test_without_symmetry_or_use_for_a_permutation_nothing_moves():
     assert alignment.similarity_before == alignment.similarity_after == 0
     spare = match(weights, mlp_weights(1), Symmetry({"0.bias": ("a",)}, {"a": 40, "b": 3}))
     np.testing.assert_array_equal(spare.permutations["b"], np.arange(3))
-
-
-def test_permutations_become_rows_and_come_back():
-    weights = mlp_weights()
-    symmetry = symmetry_of(weights)
-    found = {f"model {seed}": match(weights, mlp_weights(seed), symmetry).permutations for seed in (1, 2)}
-    columns = to_columns(found)
-    assert list(columns) == ["model", "permutation", "order"]
-    assert columns["model"] == ["model 1"] * 2 + ["model 2"] * 2
-    assert all(order.dtype == np.int32 for order in columns["order"])
-    back = from_columns(columns["model"], columns["permutation"], [order.tolist() for order in columns["order"]])
-    assert back.keys() == found.keys()
-    for model, orders in found.items():
-        assert back[model].keys() == orders.keys()
-        assert all(np.array_equal(back[model][name], order) for name, order in orders.items())
-        assert all(order.dtype == np.int64 for order in back[model].values())
-
-
-@pytest.mark.parametrize("order", [[0, 0, 1], [1, 2, 3]])
-def test_a_row_that_is_no_permutation_is_refused(order):
-    with pytest.raises(InputError, match="order b of a is no permutation"):
-        from_columns(["a"], ["b"], [order])
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,15 @@ def test_a_symmetry_survives_a_file(tmp_path):
     assert Symmetry.load(tmp_path / "symmetry.json") == symmetry
 
 
+def test_the_origin_is_kept_and_tells_no_symmetries_apart(tmp_path):
+    symmetry = Symmetry({"weight": ("a",)}, {"a": 2}, origin="traced and proved")
+    assert symmetry == Symmetry({"weight": ("a",)}, {"a": 2})
+    symmetry.save(tmp_path / "symmetry.json")
+    assert Symmetry.load(tmp_path / "symmetry.json").origin == "traced and proved"
+    older = {key: value for key, value in symmetry.to_dict().items() if key != "origin"}
+    assert Symmetry.from_dict(older).origin == "" and Symmetry.from_dict(older) == symmetry
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -352,6 +361,7 @@ def test_a_symmetry_survives_a_file(tmp_path):
         ('{"axes": {"w": [[0]]}, "sizes": {}}', "w names 0"),
         ('{"axes": {"w": [[["a"]]]}, "sizes": {"a": 2}}', "w names"),
         ('{"axes": {}, "sizes": {"a": 0}}', "permutation a the size 0"),
+        ('{"axes": {}, "sizes": {}, "origin": 3}', "must have 'axes'"),
         ('{"axes": {}, "sizes": {"a": 1.5}}', "permutation a the size 1.5"),
     ],
 )

@@ -6,6 +6,7 @@ from sane_ray.tokens.symmetry.axes import (
     Part,
     Symmetry,
     gather_indices,
+    order_of,
     permute,
     random_permutations,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Symmetry",
     "derive_symmetry",
     "gather_indices",
+    "order_of",
     "permute",
     "random_permutations",
 ]

@@ -11,8 +11,8 @@ Shape suffixes: N tokens of a checkpoint, T token size.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,8 @@ class Symmetry:
     Attributes:
         axes: For each tensor that takes part, what reorders each of its axes.
         sizes: Length of each permutation.
+        origin: How it was found, for people to read, such as ``traced and proved``; empty if nobody said. Symmetries
+            that permute alike are equal whatever their origins.
 
     Raises:
         InputError: An axis names a permutation without a size, or a size is not positive.
@@ -61,6 +63,7 @@ class Symmetry:
 
     axes: dict[str, tuple[Axis, ...]]
     sizes: dict[str, int]
+    origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         for name, size in self.sizes.items():
@@ -128,7 +131,7 @@ class Symmetry:
     def to_dict(self) -> dict[str, Any]:
         """The symmetry as JSON-able values."""
         axes = {key: [list(a) if isinstance(a, tuple) else a for a in axes] for key, axes in self.axes.items()}
-        return {"axes": axes, "sizes": dict(self.sizes)}
+        return {"axes": axes, "sizes": dict(self.sizes), "origin": self.origin}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Symmetry:
@@ -141,13 +144,14 @@ class Symmetry:
             axes = {
                 key: tuple(tuple(a) if isinstance(a, list) else a for a in axes) for key, axes in data["axes"].items()
             }
-            return cls(axes, dict(data["sizes"]))
+            return cls(axes, dict(data["sizes"]), _text(data.get("origin", "")))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
                 "symmetry must have 'axes' (for each tensor a list with null, a name or a list of names for each axis) "
-                f"and 'sizes' (the length of each permutation); found {str(data)[:80]}"
+                "and 'sizes' (the length of each permutation), and may have 'origin' (a text); "
+                f"found {str(data)[:80]}"
             ) from error
 
     def save(self, path: str | Path) -> None:
@@ -264,12 +268,12 @@ def _gather_layer(
     stride = layer.stride(token_size)
     row, skipped = divmod(low, stride)
     rows = slice(row, min(-(-(low + len(out)) // stride), layer.channels))
-    starts_R = _order(layer.key, 0, layer.channels, symmetry, permutations)[rows] * stride + origin
+    starts_R = order_of(symmetry.parts(layer.key, 0, layer.channels), permutations)[rows] * stride + origin
     columns_S = _columns(layer, stride, symmetry, permutations)
     whole = not skipped and len(starts_R) * stride == len(out)
     sources_RS = np.add(starts_R[:, None], columns_S, out=out.reshape(-1, stride) if whole else None)
     if layer.bias_key is not None and symmetry.axes.get(layer.bias_key, (None,))[0] != _axes(layer, symmetry)[0]:
-        biases_R = _order(layer.bias_key, 0, layer.channels, symmetry, permutations)[rows]
+        biases_R = order_of(symmetry.parts(layer.bias_key, 0, layer.channels), permutations)[rows]
         sources_RS[:, layer.fan_in] = biases_R * stride + (origin + layer.fan_in)
     if not whole:
         found = sources_RS.reshape(-1)[skipped : skipped + len(out)]
@@ -289,7 +293,7 @@ def _columns(layer: Layer, stride: int, symmetry: Symmetry, permutations: Mappin
         inputs = columns_S[: layer.fan_in].reshape(layer.shape[1:])
         for axis, name in enumerate(names[1:]):
             if name is not None:
-                order = _order(layer.key, axis + 1, layer.shape[axis + 1], symmetry, permutations)
+                order = order_of(symmetry.parts(layer.key, axis + 1, layer.shape[axis + 1]), permutations)
                 inputs = inputs.take(order, axis=axis)
         columns_S[: layer.fan_in] = inputs.reshape(-1)
     return columns_S
@@ -301,22 +305,30 @@ def _permute_tensor(key: str, tensor: Tensor, symmetry: Symmetry, permutations: 
         symmetry._check_tensor(key, tuple(tensor.shape))
     for axis, name in enumerate(names):
         if name is not None:
-            order = torch.from_numpy(_order(key, axis, tensor.shape[axis], symmetry, permutations))
+            order = torch.from_numpy(order_of(symmetry.parts(key, axis, tensor.shape[axis]), permutations))
             tensor = tensor.index_select(axis, order.to(tensor.device))
     return tensor
 
 
-def _order(key: str, axis: int, length: int, symmetry: Symmetry, permutations: Mapping[str, Indices]) -> Indices:
-    """Sources of the entries of an axis, [length]."""
+def order_of(parts: Sequence[Part], permutations: Mapping[str, Indices]) -> Indices:
+    """Sources of the entries of an axis.
+
+    Args:
+        parts: Its segments, as ``Symmetry.parts`` gives them.
+        permutations: A permutation for each name among them.
+
+    Returns:
+        int64, as long as the axis.
+    """
     orders = []
-    for part in symmetry.parts(key, axis, length):
+    for part in parts:
         if part.name is None:
             orders.append(np.arange(part.start, part.stop))
-        else:
-            permutation = np.asarray(permutations[part.name])
-            if part.block > 1:
-                permutation = (permutation[:, None] * part.block + np.arange(part.block)).reshape(-1)
-            orders.append(permutation + part.start if part.start else permutation)
+            continue
+        order = np.asarray(permutations[part.name])
+        if part.block > 1:
+            order = (order[:, None] * part.block + np.arange(part.block)).reshape(-1)
+        orders.append(order + part.start if part.start else order)
     return orders[0] if len(orders) == 1 else np.concatenate(orders)
 
 
@@ -336,6 +348,12 @@ def _segments(axis: Axis) -> Iterator[str | int]:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def shapes_of(table: LayerTable) -> dict[str, tuple[int, ...]]:
