@@ -40,6 +40,7 @@ from sane_ray.zoo.tables import (
     clean_text,
     plain_columns,
     plain_rows,
+    plain_value,
     read_table,
     text_column,
     value_column,
@@ -83,6 +84,10 @@ _READERS: dict[str, _Reader] = {
 }
 """The first that finds something reads the source, so the most particular come first."""
 
+_EXAMPLES = 5
+_LAST_EPOCH = 2**62
+"""Far beyond any training, and a number that every table and every float can hold."""
+
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _REQUIRED = ("id", "model", "path", "reader")
 _OPTIONAL = ("epoch", "member", "license", "split", "status")
@@ -120,7 +125,7 @@ def discover(source: str | Path, reader: str = "auto") -> list[Record]:
     for module in chosen:
         records = module.discover(root)
         if records:
-            records = [_decodable(record) for record in records]
+            records = list(_final(records))
             _check_unique(records, f"--source {root}")
             return _in_order(records)
     looked_for = [module.LOOKS_FOR for module in chosen] + ([_LOOKS_FOR] if reader == "auto" else [])
@@ -179,10 +184,50 @@ def _in_order(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda record: (record.model, record.epoch, record.id))
 
 
-def _decodable(record: Record) -> Record:
-    """The same, under names without bytes that are no UTF-8."""
-    id_, model = clean_text(record.id), clean_text(record.model)
-    return record if (id_, model) == (record.id, record.model) else replace(record, id=id_, model=model)
+def _final(records: Iterable[Record]) -> Iterator[Record]:
+    """The same, as any table can hold them: text that is UTF-8, plain values, epochs of 64 bits.
+
+    ``path``, ``member`` and ``beside`` stay as they are, since the weights are opened by them. An epoch that is none is
+    taken as 0, under the id that it has, so that no checkpoint is lost.
+    """
+    odd: list[Record] = []
+    shared: dict[int, tuple[dict[str, Value], dict[str, Value]]] = {}  # what is kept here keeps its id
+    for record in records:
+        if id(record.config) not in shared:
+            shared[id(record.config)] = (record.config, _clean_values(record.config))
+        changed: dict[str, Any] = {
+            "id": clean_text(record.id),
+            "model": clean_text(record.model),
+            "properties": _clean_values(record.properties),
+            "config": shared[id(record.config)][1],
+            "license": None if record.license is None else clean_text(str(record.license)),
+            "parents": tuple(clean_text(str(name)) for name in record.parents),
+            "epoch": int(record.epoch) if _is_epoch(record.epoch) else 0,
+        }
+        changed = {name: value for name, value in changed.items() if value is not getattr(record, name)}
+        if not _is_epoch(record.epoch):
+            odd.append(record)
+        yield replace(record, **changed) if changed else record
+    if odd:
+        names = ", ".join(f"{record.path} ({record.epoch!r:.40})" for record in odd[:_EXAMPLES])
+        _LOG.warning("the epoch of %d checkpoints is no whole number of 64 bits, and taken as 0: %s", len(odd), names)
+
+
+def _clean_values(values: dict[str, Value]) -> dict[str, Value]:
+    if all(type(key) is str and key.isascii() and _is_clean(value) for key, value in values.items()):
+        return values
+    return {clean_text(str(key)): value if _is_clean(value) else plain_value(value) for key, value in values.items()}
+
+
+def _is_clean(value: Any) -> bool:
+    kind = type(value)
+    if kind is int:
+        return -(2**63) <= value < 2**63
+    return kind is float or value is None or kind is bool or (kind is str and value.isascii())
+
+
+def _is_epoch(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= _LAST_EPOCH and value == int(value)
 
 
 def _check_unique(records: Sequence[Record], where: str) -> None:
@@ -317,8 +362,8 @@ def _learnt(known: dict[str, Value], new: dict[str, Value]) -> dict[str, Value]:
 
 def _field(name: str, value: Any, where: str) -> Any:
     if name == "epoch":
-        if type(value) not in (int, float) or not math.isfinite(value) or value != int(value) or value < 0:
-            raise InputError(f"{where}: its epoch is {value!r}; make it a whole number")
+        if not _is_epoch(value):
+            raise InputError(f"{where}: its epoch is {value!r}; make it a whole number from 0 to {_LAST_EPOCH}")
         return int(value)
     if name == "split":
         if str(value).lower() not in SPLIT_NAMES:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from sane_ray.zoo.readers import Value
-from sane_ray.zoo.readers.side_files import plain
+from sane_ray.zoo.tables import plain_value
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,10 +75,10 @@ def number(text: str) -> int | float | str:
     digits = text.strip().removesuffix("%")
     for kind in (int, float):
         try:
-            return plain(kind(digits))
+            return plain_value(kind(digits))
         except ValueError:
             pass
-    return plain(text)
+    return plain_value(text)
 
 
 def _card(facts: dict[Any, Any], body: str) -> ModelCard:
@@ -119,7 +119,7 @@ def _metrics(index: Any) -> dict[str, Value]:
             value = metric.get("value")
             names = [slug(str(metric[key])) for key in ("type", "name") if metric.get(key)]
             if names and isinstance(value, int | float | str) and not isinstance(value, bool):
-                found.append((about, names, number(value) if isinstance(value, str) else plain(value)))
+                found.append((about, names, number(value) if isinstance(value, str) else plain_value(value)))
     how_many = Counter((*about[:1], names[0]) for about, names, _ in found)
     metrics: dict[str, Value] = {}
     for about, names, value in found:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -19,6 +20,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from sane_ray.errors import InputError
+from sane_ray.zoo.readers import Value
 
 _TEXT = dict.fromkeys(("path", "id", "model", "license", "split", "reader", "member"), pa.string())
 """Columns of a CSV that stay text even where all their values look like numbers."""
@@ -39,6 +41,7 @@ def read_table(path: str | Path) -> pa.Table:
     try:
         if path.suffix == ".parquet":
             table = pq.read_table(path, partitioning=None)
+            table.validate(full=True)  # text may still be no UTF-8
         else:
             options = pacsv.ConvertOptions(column_types=_TEXT, null_values=_NULLS, strings_can_be_null=True)
             table = pacsv.read_csv(path, convert_options=options)
@@ -93,6 +96,40 @@ def clean_text(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def plain_value(value: Any) -> Value:
+    """One value as a number of 64 bits, boolean, text that is UTF-8, or None.
+
+    Dates become text (2024-12-31), decimals and larger integers floats, lists JSON text, and what is none of these its
+    name in Python.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return _as_float(value)
+    if isinstance(value, str):
+        return clean_text(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time() and value.tzinfo is None:
+        return value.date().isoformat()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, list | dict):
+        return clean_text(json.dumps(value, sort_keys=True, default=str))
+    return clean_text(str(value))
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _plain_column(column: pa.Array) -> list[Any]:
     """Numbers by way of numpy, and equal texts as one object: ten times as fast as one value after the other."""
     kind = column.type
@@ -107,20 +144,4 @@ def _plain_column(column: pa.Array) -> list[Any]:
         encoded = column.dictionary_encode()
         texts = [*encoded.dictionary.to_pylist(), None]
         return [texts[index] for index in encoded.indices.fill_null(-1).to_numpy(False).tolist()]
-    return [_plain(value) for value in column.to_pylist()]
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Decimal):
-        return float(value)
-    if isinstance(value, datetime.datetime) and value.time() == datetime.time() and value.tzinfo is None:
-        return value.date().isoformat()
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    if isinstance(value, list | dict):
-        return json.dumps(value, sort_keys=True, default=str)
-    return str(value)
+    return [plain_value(value) for value in column.to_pylist()]

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from sane_ray.errors import InputError
 from sane_ray.zoo.catalog import (
     Record,
+    _final,
     discover,
     join_properties,
     open_record,
@@ -106,6 +107,35 @@ class TestDiscover:
         assert [record.model for record in records] == ["caf\\udce9", "tea"]
         write_catalog(tmp_path / "c.parquet", records, {})
         assert [record.model for record in read_catalog(tmp_path / "c.parquet")] == ["caf\\udce9", "tea"]
+
+    def test_text_that_is_no_utf8_is_cleaned_in_every_field(self, tmp_path: Path):
+        base = tmp_path / "finetuning" / os.fsdecode(b"b\xff") / "m"
+        add(base.parent, "m", 1)
+        (base / "params.json").write_text(
+            '{"license": "\\ud800", "model::type": "\\ud801", "\\ud802": 10000000000000000000}'
+        )
+        (base / "result.json").write_text('{"training_iteration": 1, "note": "\\udfff", "huge": 1%s}' % ("0" * 400))
+        records = discover(tmp_path)
+        (record,) = records
+        assert record.model == "finetuning/b\\udcff/m" and record.parents == ("b\\udcff",)
+        assert record.license == "\\ud800" and record.config["model::type"] == "\\ud801"
+        assert record.properties["note"] == "\\udfff" and record.properties["huge"] == math.inf
+        assert record.config["\\ud802"] == 1e19
+        assert open_record(record).tensor("weight").tolist() == [[1, 1], [1, 1]]
+        write_catalog(tmp_path / "c.parquet", records, {})
+        assert read_catalog(tmp_path / "c.parquet")[0].config == record.config
+
+    @pytest.mark.parametrize("epoch", [-5, 10**30, 2**63, True, "3", 0.5, math.nan, None])
+    def test_an_epoch_that_is_none_loses_no_checkpoint(self, epoch: object, caplog):
+        records = [Record("a/1", "a", 1, "/a.pt"), Record("a/x", "a", epoch, "/odd.pt")]  # type: ignore[arg-type]
+        assert [(record.id, record.epoch) for record in _final(records)] == [("a/1", 1), ("a/x", 0)]
+        assert "the epoch of 1 checkpoints is no whole number of 64 bits, and taken as 0: /odd.pt (" in caplog.text
+
+    def test_settings_that_are_shared_stay_so(self):
+        config = {"name": "\ud800", "lr": np.float64(0.1)}
+        records = list(_final([Record(f"a/{i}", "a", i, "/a", config=config) for i in range(3)]))
+        assert {id(record.config) for record in records} == {id(records[0].config)}
+        assert records[0].config == {"name": "\\ud800", "lr": 0.1} and type(records[0].config["lr"]) is float
 
     def test_files_that_no_record_stands_for(self, tmp_path: Path):
         add(loose(tmp_path, "extra/net.pt", "best.ckpt"), "model", 1)
@@ -217,6 +247,8 @@ class TestJoin:
             ("path,split\na.pt,training\n", "a/0: its split is 'training'; make it train, val or test"),
             ("path,epoch\na.pt,1.5\n", "a/0: its epoch is 1.5; make it a whole number"),
             ("path,epoch\na.pt,nan\n", "its epoch is nan"),
+            ("path,epoch\na.pt,1e300\n", "a/0: its epoch is 1e\\+300; make it a whole number from 0 to"),
+            ("path,epoch\na.pt,-1\n", "a/0: its epoch is -1; make it a whole number"),
             ("path,x\na.pt\n", "not a readable CSV or Parquet file"),
             ("path,model\na.pt,same\nb.pt,same\n", "2 checkpoints have the id 'same/0'"),
         ],

@@ -5,10 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sane_ray.errors import InputError
-from sane_ray.zoo.tables import clean_text, plain_columns, plain_rows, read_table, value_column, value_columns
+from sane_ray.zoo.tables import (
+    clean_text,
+    plain_columns,
+    plain_rows,
+    plain_value,
+    read_table,
+    value_column,
+    value_columns,
+)
 
 
 @pytest.mark.parametrize(
@@ -86,3 +95,38 @@ def test_files_that_are_no_tables(tmp_path: Path, name: str, content: bytes):
 def test_names_that_are_no_utf8_become_escapes():
     assert clean_text("caf\udce9 ü") == "caf\\udce9 ü"
     assert value_columns("config", [{"\udce9": "\udce9"}])["config.\\udce9"].to_pylist() == ["\\udce9"]
+
+
+class Odd:
+    def __str__(self) -> str:
+        return "odd \ud800"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (2**63 - 1, 2**63 - 1),
+        (10**30, 1e30),
+        (10**400, math.inf),
+        (-(10**400), -math.inf),
+        (True, True),
+        (np.float64(0.5), 0.5),
+        (np.int64(5), 5),
+        ("a\ud800", "a\\ud800"),
+        (b"\xff", "\\xff"),
+        (datetime.date(2024, 1, 2), "2024-01-02"),
+        ([1, "\ud800"], '[1, "\\ud800"]'),
+        ((1, 2), "(1, 2)"),
+        (Odd(), "odd \\ud800"),
+        (None, None),
+    ],
+)
+def test_one_plain_value(value: object, expected: object):
+    assert plain_value(value) == expected and type(plain_value(value)) is type(expected)
+
+
+def test_text_of_a_parquet_file_that_is_no_utf8(tmp_path: Path):
+    text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"path": text}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet: not a readable CSV or Parquet file"):
+        read_table(tmp_path / "t.parquet")

@@ -27,7 +27,8 @@ from sane_ray.zoo.checkpoint import Checkpoint, SafetensorsCheckpoint
 from sane_ray.zoo.model_card import ModelCard, number, read_card
 from sane_ray.zoo.readers import Record, Value
 from sane_ray.zoo.readers.folders import walk
-from sane_ray.zoo.readers.side_files import flat, object_of, plain
+from sane_ray.zoo.readers.side_files import flat, object_of
+from sane_ray.zoo.tables import plain_value
 
 NAME = "huggingface"
 LOOKS_FOR = (
@@ -336,12 +337,12 @@ def _measured(trainer: dict[str, Any], step: int) -> dict[str, Value]:
     values = {key: value for key, value in values.items() if key not in ("step", "epoch")}
     if trainer.get("global_step") == step:
         values["trained_epochs"] = trainer.get("epoch")
-    return {plain(key): plain(value) for key, value in values.items() if isinstance(value, int | float)}
+    return {plain_value(key): plain_value(value) for key, value in values.items() if isinstance(value, int | float)}
 
 
 def _training(trainer: dict[str, Any]) -> dict[str, Value]:
     keys = ("num_train_epochs", "max_steps", "train_batch_size")
-    return {f"trainer::{key}": plain(trainer[key]) for key in keys if isinstance(trainer.get(key), int | float)}
+    return {f"trainer::{key}": plain_value(trainer[key]) for key in keys if isinstance(trainer.get(key), int | float)}
 
 
 def _header_settings(path: Path) -> dict[str, Value]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sane_ray.zoo.readers import Value
+from sane_ray.zoo.tables import clean_text, plain_value
 
 _LOG = logging.getLogger(__name__)
 _DEEPEST = 32  # levels of settings that become parts of a name; what is deeper is text
@@ -62,26 +63,16 @@ def flat(content: Mapping[Any, Any], labels: Collection[str] = ()) -> dict[str, 
     return _flat(content, frozenset(labels), "", 0)
 
 
-def plain(value: Any) -> Any:
-    """A value that a table can hold: whole numbers beyond 64 bits as floats, text without halves of characters."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
-        try:
-            return float(value)
-        except OverflowError:
-            return float("inf") if value > 0 else float("-inf")
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-
-
 def _flat(content: Mapping[Any, Any], labels: frozenset[str], prefix: str, depth: int) -> dict[str, Value]:
     settings: dict[str, Value] = {}
     for key, value in content.items():
-        name = plain(f"{prefix}{key}")
+        name = clean_text(f"{prefix}{key}")
         if key in labels and isinstance(value, dict):
             settings.setdefault(f"{prefix}num_labels", len(value))
         elif isinstance(value, dict) and depth < _DEEPEST:
             settings |= _flat(value, labels, f"{name}::", depth + 1)
         elif value is None or isinstance(value, bool | int | float | str):
-            settings[name] = plain(value)
+            settings[name] = plain_value(value)
         else:
             settings[name] = _json_text(value)
     return settings

@@ -467,7 +467,7 @@ def test_the_config_is_flat(tmp_path):
         "none": None,
         "num_labels": 2,
         "endless": 1e30,
-        "half": "?",
+        "half": "\\ud800",
     }
 
 
