@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ from sane_ray.zoo.tables import (
 __all__ = [
     "SPLIT_NAMES",
     "Record",
+    "catalog_source",
     "discover",
     "join_properties",
     "open_record",
@@ -84,6 +86,7 @@ _READERS: dict[str, _Reader] = {
 }
 """The first that finds something reads the source, so the most particular come first."""
 
+_SOURCE, _WRITTEN = b"sane_ray.source", b"sane_ray.written_ns"
 _EXAMPLES = 5
 _LAST_EPOCH = 2**62
 """Far beyond any training, and a number that every table and every float can hold."""
@@ -392,13 +395,16 @@ def _report_joined(
 # ---------------------------------------------------------------- the catalog file
 
 
-def write_catalog(path: str | Path, records: Sequence[Record], columns: Mapping[str, Sequence[Any]]) -> None:
+def write_catalog(
+    path: str | Path, records: Sequence[Record], columns: Mapping[str, Sequence[Any]], source: str = ""
+) -> None:
     """Writes one Parquet of records; it is there whole or not at all.
 
     Args:
         path: The file; its folder is made.
         records: One row each, in this order.
         columns: What else is known of each, by name of the column; ``status`` is ``kept`` or ``left out``.
+        source: What it is the catalog of; ``catalog_source`` tells.
 
     Raises:
         InputError: The file cannot be written.
@@ -424,12 +430,29 @@ def write_catalog(path: str | Path, records: Sequence[Record], columns: Mapping[
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            pq.write_table(pa.table(table), partial, compression="zstd")
+            written = int(time.time()) * 10**9
+            metadata = {_SOURCE: clean_text(source).encode(), _WRITTEN: str(written).encode()} if source else None
+            pq.write_table(pa.table(table, metadata=metadata), partial, compression="zstd")
+            os.utime(partial, ns=(written, written))
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}); free some space, or name another place") from error
+
+
+def catalog_source(path: str | Path) -> str | None:
+    """What a catalog was written of; None where nobody said so, or where the file has been changed since.
+
+    The time of writing stands in the file, and is the file's own; any program that writes it anew, or copies it
+    without its time, makes it the user's. Never fails: what cannot be read is no catalog of ours.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        unchanged = metadata.get(_WRITTEN) == str(Path(path).stat().st_mtime_ns).encode()
+    except (pa.ArrowException, OSError):
+        return None
+    return metadata[_SOURCE].decode("utf-8", "replace") if unchanged and _SOURCE in metadata else None
 
 
 def read_catalog(path: str | Path) -> list[Record]:

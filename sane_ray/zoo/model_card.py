@@ -70,7 +70,7 @@ def slug(text: str) -> str:
     return re.sub(r"\W+", "_", text.lower()).strip("_")
 
 
-def number(text: str) -> int | float | str:
+def number(text: str) -> Value:
     """A number where the text is one, percent signs aside; otherwise the text."""
     digits = text.strip().removesuffix("%")
     for kind in (int, float):

@@ -5,8 +5,8 @@ cut that interval. So models that come or go move no other. Never splits the che
 
 Small zoos need more care than chance gives, and only there do other models count: up to ``SMALL`` models the fractions
 are met as exactly as whole models allow, in the order of the numbers, so that a model that is added moves at most its
-neighbours at the two borders. In zoos of any size, an architecture without a training model gives one, and a split that
-stayed empty takes one; each time the model whose number is nearest.
+neighbours at the two borders. In zoos of any size, a split that stayed empty takes the model whose number is nearest,
+training first and never its last model. Architectures play no part: one may be in the test split alone.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import hashlib
 import json
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -38,12 +38,11 @@ _FORMS = "a table with columns model and split, or JSON {model: split} or {split
 _LOG = logging.getLogger(__name__)
 
 
-def assign_splits(records: Sequence[Record], architectures: Mapping[str, str], config: TokensConfig) -> dict[str, str]:
+def assign_splits(records: Sequence[Record], config: TokensConfig) -> dict[str, str]:
     """Says the split of every model: ``train``, ``val`` or ``test``.
 
     Args:
         records: The checkpoints that a store is to hold.
-        architectures: Name of each model's architecture; models without one count as one architecture together.
         config: ``split_file`` wins over ``split_by``, which wins over ``split`` and ``seed``.
 
     Returns:
@@ -63,47 +62,33 @@ def assign_splits(records: Sequence[Record], architectures: Mapping[str, str], c
         if all(isinstance(value, str) and value.lower() in SPLIT_NAMES for value in values.values()):
             return {model: SPLIT_NAMES[str(value).lower()] for model, value in values.items()}
         groups = {model: _group(value) for model, value in values.items()}
-    members: dict[str, set[str]] = defaultdict(set)
-    for model, group in groups.items():
-        members[group].add(architectures.get(model, ""))
-    splits = split_groups(members, config.split, config.seed)
+    splits = split_groups(set(groups.values()), config.split, config.seed)
     return {model: splits[group] for model, group in groups.items()}
 
 
-def split_groups(groups: Mapping[str, Iterable[str]], fractions: Sequence[float], seed: int) -> dict[str, str]:
+def split_groups(groups: Collection[str], fractions: Sequence[float], seed: int) -> dict[str, str]:
     """Splits groups of models by a hash of seed and name.
 
     Args:
-        groups: The architectures that each group has models of.
+        groups: Their names, each once.
         fractions: Of train, val and test.
         seed: Another one gives another split.
 
     Returns:
-        The split of each group. A split of a positive fraction is empty only if every group is needed elsewhere: for
-        the training of its architecture, or as the only one of its split.
+        The split of each group. A split of a positive fraction is empty only if there are too few groups; training is
+        served first.
     """
     numbers = {group: _number(seed, group) for group in groups}
-    if len(groups) <= SMALL:
-        ranked = sorted(numbers, key=lambda group: (numbers[group], group))
+    ranked = sorted(numbers, key=lambda group: (numbers[group], group))
+    if len(ranked) <= SMALL:
         numbers = {group: (rank + 0.5) / len(ranked) for rank, group in enumerate(ranked)}
     intervals = _intervals(fractions)
-    splits = {group: _split_of(number, intervals) for group, number in numbers.items()}
-
-    def nearest(candidates: Iterable[str], split: str) -> str:
-        low, high = intervals[split]
-        return min(candidates, key=lambda group: (max(low - numbers[group], numbers[group] - high, 0.0), group))
-
-    by_architecture: dict[str, list[str]] = defaultdict(list)
-    for group, names in groups.items():
-        for name in names:
-            by_architecture[name].append(group)
-    for members in (by_architecture[name] for name in sorted(by_architecture)):
-        if all(splits[group] != "train" for group in members):
-            splits[nearest(members, "train")] = "train"
-    for split in [split for split in intervals if split not in splits.values()]:
-        spare = _spare(splits, by_architecture)
-        if spare:
-            splits[nearest(spare, split)] = split
+    splits = {group: _split_of(numbers[group], intervals) for group in ranked}
+    for split, (low, high) in intervals.items():
+        counts = Counter(splits.values())
+        spare = [group for group in ranked if split == "train" or counts[splits[group]] > 1]
+        if not counts[split] and spare:
+            splits[min(spare, key=lambda group: max(low - numbers[group], numbers[group] - high, 0.0))] = split
     return splits
 
 
@@ -123,16 +108,6 @@ def _split_of(number: float, intervals: Mapping[str, tuple[float, float]]) -> st
 def _number(seed: int, group: str) -> float:
     digest = hashlib.sha256(f"{seed}:{group}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6]) / 2**48
-
-
-def _spare(splits: Mapping[str, str], by_architecture: Mapping[str, Sequence[str]]) -> list[str]:
-    """Groups that may leave their split: not the only one of it, nor the only training one of an architecture."""
-    counts: dict[str, int] = defaultdict(int)
-    for split in splits.values():
-        counts[split] += 1
-    training = [[group for group in members if splits[group] == "train"] for members in by_architecture.values()]
-    needed = {members[0] for members in training if len(members) == 1}
-    return [group for group, split in splits.items() if counts[split] > 1 and group not in needed]
 
 
 def _published(records: Sequence[Record]) -> dict[str, str]:

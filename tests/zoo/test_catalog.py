@@ -17,6 +17,7 @@ from sane_ray.errors import InputError
 from sane_ray.zoo.catalog import (
     Record,
     _final,
+    catalog_source,
     discover,
     join_properties,
     open_record,
@@ -324,6 +325,28 @@ class TestCatalogFile:
         write_catalog(tmp_path / "lists" / "c.parquet", discover(tmp_path / "zoo"), {})
         (tmp_path / "lists" / "c.parquet").rename(tmp_path / "c.parquet")
         assert discover(tmp_path / "c.parquet")[0].path == str(path)
+
+    def test_a_catalog_knows_what_it_is_of(self, tmp_path: Path):
+        path = tmp_path / "c.parquet"
+        assert catalog_source(path) is None
+        write_catalog(path, RECORDS, {}, source="/zoos/ü\udcff")
+        assert catalog_source(path) == catalog_source(str(path)) == "/zoos/ü\\udcff"
+        assert [record.id for record in read_catalog(path)] == ["a/0", "b/7", "c/9"]
+        write_catalog(path, RECORDS, {})
+        assert catalog_source(path) is None
+        path.write_bytes(b"PAR1")
+        assert catalog_source(path) is None
+
+    def test_a_catalog_that_was_edited_is_nobody_s(self, tmp_path: Path):
+        path = tmp_path / "c.parquet"
+        write_catalog(path, RECORDS, {}, source="/zoo")
+        content = pq.read_table(path)
+        assert content.schema.metadata  # pyarrow keeps it
+        pq.write_table(content.slice(1), path)
+        assert catalog_source(path) is None
+        write_catalog(path, RECORDS, {}, source="/zoo")
+        pd.read_parquet(path).to_parquet(path)
+        assert catalog_source(path) is None
 
     def test_equal_settings_are_held_once(self, tmp_path: Path):
         records = [Record(f"m/{i}", "m", i, "/m", config={"seed": 1, "lr": 0.1}) for i in range(3)]

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import math
@@ -23,8 +24,8 @@ def zoo(models: int, epochs: int = 1, **config: Value) -> list[Record]:
     ]
 
 
-def split(records: list[Record], architectures: dict[str, str] | None = None, **config: object) -> dict[str, str]:
-    return assign_splits(records, architectures or {}, TokensConfig(**config))
+def split(records: list[Record], **config: object) -> dict[str, str]:
+    return assign_splits(records, TokensConfig(**config))
 
 
 class TestByModel:
@@ -75,15 +76,14 @@ class TestSmallZoos:
         assert "test" not in split(zoo(5), seed=seed, split=[0.5, 0.5, 0.0]).values()
         assert set(split(zoo(3), seed=seed, split=[1.0, 0.0, 0.0]).values()) == {"train"}
 
-    @pytest.mark.parametrize("seed", range(20))
-    def test_every_architecture_has_a_model_to_train_on(self, seed: int):
-        architectures = {f"m{model}": "ab"[model % 2] if model < 8 else "c" for model in range(9)}
-        splits = split(zoo(9), architectures, seed=seed)
-        assert {architectures[model] for model, name in splits.items() if name == "train"} == {"a", "b", "c"}
-        assert set(splits.values()) == set(SPLITS)
-
-    def test_one_model_of_each_architecture_is_all_training(self):
-        assert set(split(zoo(5), {f"m{model}": str(model) for model in range(5)}).values()) == {"train"}
+    @pytest.mark.parametrize("fractions", [[0.1, 0.2, 0.7], [0.01, 0.0, 0.99], [0.001, 0.998, 0.001]])
+    @pytest.mark.parametrize("models", [1, 2, 3, 60])
+    def test_there_is_something_to_train_on_whatever_the_fractions(self, fractions: list[float], models: int):
+        for seed in range(20):
+            counts = Counter(split(zoo(models), seed=seed, split=fractions).values())
+            assert counts["train"] > 0 and counts.total() == models
+            positive = sum(fraction > 0 for fraction in fractions)
+            assert len(counts) == min(models, positive)
 
     @pytest.mark.parametrize("models", [8, 20, 40])
     def test_fractions_are_met_exactly(self, models: int):
@@ -96,12 +96,19 @@ class TestSmallZoos:
             small, large = split(zoo(20), seed=seed), split(zoo(21), seed=seed)
             assert sum(small[model] != large[model] for model in small) <= 2
 
-    def test_the_nearest_model_moves(self):
-        groups = {f"m{model}": ["one" if model else "two"] for model in range(300)}
+    def test_the_nearest_model_moves_to_an_empty_split(self):
+        groups = {f"m{model}" for model in range(300)}
         for seed in range(20):
-            plain = split_groups({group: ["one"] for group in groups}, [0.7, 0.15, 0.15], seed)
-            split = split_groups(groups, [0.7, 0.15, 0.15], seed)
-            assert split == plain | {"m0": "train"}  # the only model of its architecture
+            without = split_groups(groups, [0.7, 0.3, 0.0], seed)
+            moved = split_groups(groups, [0.7, 0.3 - 1e-9, 1e-9], seed)
+            (model,) = [group for group in groups if without[group] != moved[group]]
+            assert moved[model] == "test"
+            last = max(groups, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).hexdigest())
+            assert model == last  # the largest number is next to the last interval
+
+    def test_the_order_of_the_groups_does_not_count(self):
+        names = [f"m{model}" for model in range(30)]
+        assert split_groups(names, [0.7, 0.15, 0.15], 0) == split_groups(set(names), [0.7, 0.15, 0.15], 0)
 
     def test_beyond_small_zoos_no_model_moves(self):
         small, large = split(zoo(41), seed=5), split(zoo(300), seed=5)

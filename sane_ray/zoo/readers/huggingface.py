@@ -28,7 +28,7 @@ from sane_ray.zoo.model_card import ModelCard, number, read_card
 from sane_ray.zoo.readers import Record, Value
 from sane_ray.zoo.readers.folders import walk
 from sane_ray.zoo.readers.side_files import flat, object_of
-from sane_ray.zoo.tables import plain_value
+from sane_ray.zoo.tables import clean_text, plain_value
 
 NAME = "huggingface"
 LOOKS_FOR = (
@@ -337,7 +337,7 @@ def _measured(trainer: dict[str, Any], step: int) -> dict[str, Value]:
     values = {key: value for key, value in values.items() if key not in ("step", "epoch")}
     if trainer.get("global_step") == step:
         values["trained_epochs"] = trainer.get("epoch")
-    return {plain_value(key): plain_value(value) for key, value in values.items() if isinstance(value, int | float)}
+    return {clean_text(key): plain_value(value) for key, value in values.items() if isinstance(value, int | float)}
 
 
 def _training(trainer: dict[str, Any]) -> dict[str, Value]:
