@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import logging
 import math
 import random
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ LOOKS_FOR = "folders with weights.npy and layout.csv (Small CNN Zoo)"
 BENCHMARK_STEP = 86
 """The published benchmark compares checkpoints of the last step alone."""
 
+_LOG = logging.getLogger(__name__)
 _WEIGHTS, _METRICS, _LAYOUT = "weights.npy", "metrics.csv.gz", "layout.csv"
 _SPLIT = "_split.csv"
 _CONFIG = "config."
@@ -47,6 +49,7 @@ _ALIASES = {
     "train_acc": "train_accuracy",
     "train_loss": "train_loss",
 }
+_LONGEST_SHAPE = 100  # characters
 _REMEDY = "download the data set again"
 
 Rows = NDArray[np.int64]
@@ -79,10 +82,11 @@ class Variable:
 def discover(root: Path) -> list[Record]:
     """Lists the rows of every such folder at or below ``root``, folders in order of name and rows in the file's order.
 
-    Rows with the same settings share one ``config``.
+    Rows with the same settings share one ``config``. A folder whose files do not fit each other, or cannot be read
+    without running code, is logged and passed over.
 
     Raises:
-        InputError: The files of a folder do not fit each other, or cannot be read without running code.
+        InputError: None of the folders can be used: says what is wrong with the first.
     """
     if not root.is_dir():
         return []
@@ -91,7 +95,18 @@ def discover(root: Path) -> list[Record]:
         if {_WEIGHTS, _LAYOUT} <= set(files):
             found.append(folder)
         names[:] = [name for name in names if not name.startswith("checkpoint_")]  # other zoos have 100,000 of these
-    return [record for folder in found for record in _records(root, folder)]
+    records: list[Record] = []
+    refused: list[InputError] = []
+    for folder in found:
+        try:
+            records += _records(root, folder)
+        except InputError as error:
+            refused.append(error)
+    if refused and not records:
+        raise refused[0]
+    for reason in refused:
+        _LOG.warning("%s; its folder is passed over", reason)
+    return records
 
 
 def open_checkpoint(record: Record) -> Checkpoint:
@@ -120,9 +135,10 @@ def _opened(path: Path, stamp: int) -> tuple[NDArray[Any], list[Variable]]:
 def _map(path: Path) -> NDArray[Any]:
     try:
         weights = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    except Exception as error:  # a damaged header fails in whatever way its text happens to lead to
+        reason = str(error)[:200]
         raise InputError(
-            f"{path}: truncated, missing, or no array that can be read without running code ({error}); {_REMEDY}"
+            f"{path}: truncated, missing, or no array that can be read without running code ({reason}); {_REMEDY}"
         ) from error
     if not isinstance(weights, np.ndarray) or weights.ndim != 2 or weights.dtype not in (np.float32, np.float64):
         what = f"{weights.dtype} {weights.shape}" if isinstance(weights, np.ndarray) else "an archive"
@@ -144,12 +160,13 @@ def read_layout(path: Path, width: int) -> list[Variable]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
-                shape = ast.literal_eval(line["shape"])
-                shape = tuple(int(size) for size in (shape if isinstance(shape, tuple | list) else (shape,)))
-                entries.append((line["varname"], int(line["start_idx"]), int(line["end_idx"]), shape))
-    except (OSError, KeyError, TypeError, ValueError, SyntaxError) as error:
+                entries.append(
+                    (str(line["varname"]), int(line["start_idx"]), int(line["end_idx"]), _shape(line["shape"]))
+                )
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError, OverflowError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
         raise InputError(
-            f"{path}: not a table of varname, start_idx, end_idx and shape ({type(error).__name__}: {error}); {_REMEDY}"
+            f"{path}: not a table of varname, start_idx, end_idx and shape ({reason}); {_REMEDY}"
         ) from error
     _check_cover(path, entries, width)
     modules = list(dict.fromkeys(name.rpartition("/")[0] for name, *_ in entries))
@@ -157,6 +174,16 @@ def read_layout(path: Path, width: int) -> list[Variable]:
     if len({variable.key for variable in variables}) < len(variables):
         raise InputError(f"{path}: names a variable twice; {_REMEDY}")
     return sorted(variables, key=lambda variable: (int(variable.key.split(".")[1]), variable.key.endswith("bias")))
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if len(text) > _LONGEST_SHAPE:  # a parser of Python may run out of memory on what is nested deep
+        raise ValueError(f"a shape of {len(text)} characters")
+    shape = ast.literal_eval(text)
+    sizes = tuple(int(size) for size in (shape if isinstance(shape, tuple | list) else (shape,)))
+    if min(sizes, default=1) < 1:
+        raise ValueError(f"shape {sizes}")
+    return sizes
 
 
 def _check_cover(path: Path, entries: list[tuple[str, int, int, tuple[int, ...]]], width: int) -> None:
@@ -196,6 +223,7 @@ def _records(root: Path, folder: Path) -> Iterator[Record]:
     metrics = _metrics(folder / _METRICS, len(weights))
     prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
     path = str((folder / _WEIGHTS).absolute())
+    beside = (str((folder / _LAYOUT).absolute()),)
     steps = metrics["step"].to_pylist()
     splits = _splits(folder, metrics, np.asarray(steps))
     configs, config_of_row = _configs(metrics)
@@ -211,6 +239,7 @@ def _records(root: Path, folder: Path) -> Iterator[Record]:
             config=configs[config],
             reader=NAME,
             member=str(row),
+            beside=beside,
             split=splits.get(row),
         )
 
@@ -220,6 +249,8 @@ def _metrics(path: Path, rows: int) -> pa.Table:
         table = pa_csv.read_csv(path)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: truncated, missing, or no gzipped CSV table ({error}); {_REMEDY}") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise InputError(f"{path}: has a column twice; {_REMEDY}")
     if len(table) != rows:
         raise InputError(
             f"{path}: has {len(table)} lines, but {_WEIGHTS} beside it has {rows} rows; "
@@ -264,12 +295,17 @@ def _properties(metrics: pa.Table) -> Iterator[dict[str, Value]]:
     names = [name for name in metrics.column_names if name not in ("", "modeldir", "step")]
     columns = {name: metrics[name] for name in names if not name.startswith(_CONFIG)}
     columns |= {alias: columns[name] for alias, name in _ALIASES.items() if name in columns}
-    if {"train_acc", "test_acc"} <= columns.keys():
-        columns["ggap"] = pc.subtract(columns["train_acc"], columns["test_acc"])
+    accuracies = [columns[name] for name in ("train_acc", "test_acc") if name in columns]
+    if len(accuracies) == 2 and all(map(_is_number, accuracies)):
+        columns["ggap"] = pc.subtract(*accuracies)
     if not columns:
         return ({} for _ in range(len(metrics)))
     lists = [column.to_pylist() for column in columns.values()]
     return (dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True))
+
+
+def _is_number(column: pa.ChunkedArray) -> bool:
+    return pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
 
 
 def _splits(folder: Path, metrics: pa.Table, steps: Rows) -> dict[int, str]:

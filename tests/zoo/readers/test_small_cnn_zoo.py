@@ -10,6 +10,7 @@ import torch
 
 from sane_ray.errors import InputError
 from sane_ray.tokens.tokenizer import build_layer_table
+from sane_ray.zoo.catalog import discover
 from sane_ray.zoo.readers import small_cnn_zoo
 
 VARIABLES = (
@@ -264,6 +265,16 @@ def test_a_layout_of_another_width_is_refused(tmp_path: Path, width: int):
         ('"(4,)"', '"(5,)"', r"conv2d/bias:0 has 4 columns but shape \(5,\)"),
         ("conv2d/bias:0", "conv2d/gamma:0", r"conv2d/gamma:0 of shape \(4,\) is neither"),
         ("start_idx", "begin", r"not a table of varname, start_idx"),
+        ('"(4,)"', '"(-2, -2)"', r"not a table of varname.*shape \(-2, -2\)"),
+        ('"(4,)"', "-" * 20_000 + "1", r"not a table of varname.*a shape of 20001 characters"),
+        ('"(4,)"', "(" * 90, r"not a table of varname"),
+        ('"(4,)"', "-" * 90 + "4", r"has 4 columns but shape|not a table of varname|overlap|gap"),
+        ('"(4,)"', '"(1e999,)"', r"not a table of varname"),
+        ('"(4,)"', "9" * 99, r"has 4 columns but shape"),
+        ('"(4,)"', "", r"not a table of varname"),
+        ("36,40", "x,40", r"not a table of varname"),
+        ("36,40", "\0,40", r"not a table of varname"),
+        ("sequential/conv2d/bias:0", "x" * 200_000, r"not a table of varname"),
     ],
 )
 def test_damaged_layouts_are_refused(tmp_path: Path, old: str, new: str, message: str):
@@ -302,3 +313,65 @@ def test_a_file_written_anew_is_read_anew(tmp_path: Path):
     (tmp_path / "weights.npy").unlink()
     with pytest.raises(InputError, match="missing"):
         small_cnn_zoo.open_checkpoint(record)
+
+
+HEADERS = ["{'descr':" + "[" * 5000 + "}", "(" * 5000, "{'descr': ", "\0", "{" * 5000, "-" * 60_000 + "1", "'" * 3]
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
+def test_damaged_headers_of_arrays_are_refused(tmp_path: Path, header: str):
+    write_zoo(tmp_path)
+    text = header.encode()
+    (tmp_path / "weights.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(InputError, match=r"weights\.npy: truncated, missing, or no array") as error:
+        small_cnn_zoo.discover(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_damaged_data_set_costs_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for name in ("cifar10", "mnist", "svhn"):
+        write_zoo(tmp_path / name, runs=2, dataset=name)
+    (tmp_path / "cifar10" / "weights.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    (tmp_path / "svhn" / "metrics.csv.gz").unlink()
+    assert {record.model.split("/")[0] for record in small_cnn_zoo.discover(tmp_path)} == {"mnist"}
+    assert "cifar10/weights.npy: truncated" in caplog.text and "svhn/metrics.csv.gz: truncated" in caplog.text
+    (tmp_path / "mnist" / "layout.csv").write_text("")
+    with pytest.raises(InputError, match=r"cifar10/weights\.npy: truncated"):
+        small_cnn_zoo.discover(tmp_path)
+
+
+def test_a_record_names_the_layout_that_decides_its_weights(tmp_path: Path):
+    write_zoo(tmp_path)
+    assert {record.beside for record in small_cnn_zoo.discover(tmp_path)} == {(str(tmp_path / "layout.csv"),)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train_accuracy": "n/a"},
+        {"train_accuracy": True},
+        {"train_accuracy": "2024-01-01"},
+        {"test_accuracy": 10**30},
+        {"test_loss": "nan", "test_accuracy": "inf"},
+        {"config.seed": "", "config.activation": ""},
+        {"config.seed": "2024-01-01 10:00:00"},
+        {"modeldir": ""},
+        {"modeldir": "2024-01-01"},
+        {"": 3},
+    ],
+)
+def test_odd_values_of_the_metrics(tmp_path: Path, change: dict):
+    write_zoo(tmp_path, runs=2)
+    rows = [row | change for row in metrics(2)]
+    for number, row in enumerate(rows):
+        row["step"] = number
+    write_metrics(tmp_path, rows)
+    assert len(discover(tmp_path)) == 6
+
+
+def test_a_column_twice_is_refused(tmp_path: Path):
+    write_zoo(tmp_path, runs=1)
+    with gzip.open(tmp_path / "metrics.csv.gz", "wt") as file:
+        file.write("step,step\n0,0\n1,1\n2,2\n")
+    with pytest.raises(InputError, match=r"metrics\.csv\.gz: has a column twice"):
+        small_cnn_zoo.discover(tmp_path)
