@@ -11,8 +11,8 @@ A condition is parsed as a Python expression and walked over a short list of wha
     functions    ``quantile(x, 0.7)`` and ``median(x)`` over all records that have a number there;
                  ``missing(x)``, ``isnan(x)``, ``matches(x, "*glob*")``
 
-A comparison with a value that is missing or NaN is neither true nor false, and nor is its negation (as in SQL): the
-checkpoint is left out unless another part of the condition decides.
+A comparison with a value that is missing, NaN or of another kind ("n/a" among numbers) is neither true nor false, and
+nor is its negation (as in SQL): the checkpoint is left out unless another part of the condition decides.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 _DEEPEST = 100
 """Levels of an expression, far below what Python's own stack holds."""
 
+_LONGEST = 40  # characters of a value in a reason
 _ALLOWED = "names, numbers, text, comparisons, in, and, or, not, + - * /, quantile, median, missing, isnan and matches"
 
 
@@ -68,7 +69,7 @@ def select(records: Sequence[Record], where: str) -> tuple[list[Record], list[tu
         The records that meet it, and the others, each with the reason; both in the given order.
 
     Raises:
-        InputError: The condition is no such expression, names what no record has, or compares text with a number.
+        InputError: The condition is no such expression, names what no record has, or compares text with numbers alone.
     """
     text = where.replace("\n", " ").strip()
     if not text or not records:
@@ -201,9 +202,12 @@ class _Column:
     def numeric(self) -> bool:
         return self.kind in ("number", "boolean", "nothing")
 
-    def family(self, position: int) -> str:
-        """What the value at a position may be compared with."""
-        return "text" if isinstance(self.values[position if len(self.values) > 1 else 0], str) else "a number"
+    @property
+    def is_text(self) -> NDArray[np.bool_]:
+        """Where the value is text; anything where missing."""
+        if self.kind != "mixed":
+            return np.full(len(self.values), self.kind == "text")
+        return np.array([isinstance(value, str) for value in self.values])
 
 
 class _Condition:
@@ -213,6 +217,8 @@ class _Condition:
         self._records = records
         self._source = text
         self._columns: dict[str, _Column] = {}
+        self._others: list[tuple[_Column, NDArray[np.bool_], str]] = []
+        """Of the part at hand: columns, where their values are of another kind than is compared, and that kind."""
 
     def reasons(self, tree: ast.expr) -> list[str | None]:
         """Why each record does not meet the condition: the first part that it fails, or the value that is missing."""
@@ -220,11 +226,16 @@ class _Condition:
         reasons = np.full(len(self._records), None, object)
         met = np.ones(len(self._records), bool)
         for part in parts:
+            self._others.clear()
             truth = self._truth(part)
             because = [(truth.false, f"does not meet {self._text(part)}")]
             for column in self._columns_in(part):
                 because.append((truth.unknown & column.missing, f"{column.text} is missing"))
                 because.append((truth.unknown & column.nan, f"{column.text} is NaN"))
+            for column, others, kind in self._others:
+                for position in np.flatnonzero(met & truth.unknown & others & ~column.unknown).tolist():
+                    reasons[position] = f"{column.text} is {_short(column.values[position])}, no {kind}"
+                    met[position] = False
             because.append((truth.unknown, f"{self._text(part)} cannot be computed"))
             for failed, reason in because:
                 reasons[met & failed] = reason
@@ -257,7 +268,7 @@ class _Condition:
                 return reduce(_both, [self._compare(*pair, node) for pair in pairs])
             case ast.Call(func=ast.Name(id="missing" | "isnan" | "matches" as function)):
                 return self._test(function, node)
-        column = self._value(node)
+        column = self._only(self._value(node), bool, "yes or no")
         if column.kind not in ("boolean", "nothing"):
             raise InputError(f"{column.text} is neither true nor false; compare it with something")
         return _truth(column.values != 0, column.unknown)
@@ -266,6 +277,7 @@ class _Condition:
         column, *rest = self._arguments(node, 2 if function == "matches" else 1)
         if function != "matches":
             return _known(column.missing if function == "missing" else column.nan)
+        column = self._only(column, str, "text")
         if column.kind not in ("text", "nothing"):
             raise InputError(f"{self._text(node)} needs text, and {column.text} is {self._example(column)}")
         if not (isinstance(rest[0].values[0], str) and len(rest[0].values) == 1):
@@ -297,25 +309,46 @@ class _Condition:
 
     def _apply(self, op: type[ast.cmpop], left: _Column, right: _Column, node: ast.expr) -> _Truth:
         unknown = left.unknown | right.unknown
-        equality = op in (ast.Eq, ast.NotEq) and "mixed" in (left.kind, right.kind)
-        if not equality and not (left.numeric and right.numeric) and not left.kind == right.kind == "text":
-            self._check_families(left, right, unknown, node)
-            true, positions = np.zeros(len(unknown), bool), np.flatnonzero(~unknown)
-            if not len(positions):
-                return _truth(true, unknown)
+        if (left.numeric and right.numeric) or left.kind == right.kind == "text":
+            return _truth(np.asarray(_COMPARISONS[op](left.values, right.values), bool), unknown)
+        unknown = unknown | self._of_two_kinds(left, right, unknown, node)
+        true, positions = np.zeros(len(unknown), bool), np.flatnonzero(~unknown)
+        if len(positions):
             chosen = [side.values if len(side.values) == 1 else side.values[positions] for side in (left, right)]
             true[positions] = _COMPARISONS[op](*chosen).astype(bool)
-            return _truth(true, unknown)
-        return _truth(np.asarray(_COMPARISONS[op](left.values, right.values), bool), unknown)
+        return _truth(true, unknown)
 
-    def _check_families(self, left: _Column, right: _Column, unknown: NDArray[np.bool_], node: ast.expr) -> None:
-        for position in np.flatnonzero(~unknown).tolist():
-            if left.family(position) != right.family(position):
-                column = left if len(left.values) > 1 or len(right.values) == 1 else right
-                raise InputError(
-                    f"{self._text(node)} compares {left.family(position)} with {right.family(position)}: "
-                    f"{column.text} is {self._example(column, position)}"
-                )
+    def _of_two_kinds(
+        self, left: _Column, right: _Column, unknown: NDArray[np.bool_], node: ast.expr
+    ) -> NDArray[np.bool_]:
+        """Where text would be compared with a number; refuses what does so wherever there is a value."""
+        differ = (left.is_text != right.is_text) & ~unknown
+        if differ.any() and (differ | unknown).all():
+            position = int(np.argmax(differ))
+            column = left if len(left.values) > 1 or len(right.values) == 1 else right
+            kinds = ["text" if np.resize(side.is_text, len(differ))[position] else "a number" for side in (left, right)]
+            raise InputError(
+                f"{self._text(node)} compares {kinds[0]} with {kinds[1]}: "
+                f"{column.text} is {self._example(column, position)}"
+            )
+        mixed = [(side, other) for side, other in ((left, right), (right, left)) if side.kind == "mixed"]
+        self._others += [(side, differ & ~other.is_text, "number") for side, other in mixed]
+        self._others += [(side, differ & other.is_text, "text") for side, other in mixed]
+        return differ
+
+    def _only(self, column: _Column, kind: type, name: str) -> _Column:
+        """A column of several kinds with the values of one alone, the others missing; itself if it has none of it."""
+        if column.kind != "mixed":
+            return column
+        kinds = (bool, int, float) if kind is float else kind
+        others = np.array([not isinstance(value, kinds) for value in column.values]) & ~column.missing
+        if (others | column.missing).all():
+            return column
+        self._others.append((column, others, name))
+        left_out = others | column.missing
+        return _Column.of(
+            column.text, [None if out else value for out, value in zip(left_out, column.values, strict=True)]
+        )
 
     def _example(self, column: _Column, position: int | None = None) -> str:
         """A value of a column and where it is found, in words."""
@@ -346,7 +379,7 @@ class _Condition:
         raise InputError(f"{self._text(node)} is not allowed; use {_ALLOWED}")
 
     def _arithmetic(self, op: type[ast.operator], left: _Column, other: ast.expr, node: ast.expr) -> _Column:
-        right = self._value(other)
+        left, right = (self._only(side, float, "number") for side in (left, self._value(other)))
         for column in (left, right):
             if not column.numeric:
                 raise InputError(f"{self._text(node)} needs numbers, and {column.text} is {self._example(column)}")
@@ -361,6 +394,7 @@ class _Condition:
 
     def _quantile(self, function: str, node: ast.Call) -> _Column:
         column, *rest = self._arguments(node, 2 if function == "quantile" else 1)
+        column = self._only(column, float, "number")
         fraction = rest[0].values[0] if rest else 0.5
         if rest and (not rest[0].numeric or len(rest[0].values) > 1 or not 0 <= fraction <= 1):
             raise InputError(f"{self._text(node)} needs a number from 0 to 1, as in quantile({column.text}, 0.7)")
@@ -375,6 +409,11 @@ class _Condition:
         if node.keywords or len(node.args) != count:
             raise InputError(f"{self._text(node)} needs {count} value{'s' if count > 1 else ''} in the parentheses")
         return [self._value(argument) for argument in node.args]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _name(node: ast.expr) -> str | None:

@@ -77,6 +77,8 @@ def reasons(where: str) -> dict[str, str]:
         ("odd == 1", "a"),
         ("odd == 'x'", "b"),
         ("odd in (1, 'x')", "ab"),
+        ("odd > 0", "a"),
+        ("odd not in (1, 'x')", ""),
         ("acc - epoch / 10 > 0", "a"),
         ("1 / loss > 0.4", "a"),
         ("1 / loss >= 0", "ad"),
@@ -146,7 +148,6 @@ def test_quantile_keeps_its_part_whatever_is_missing(seed: int):
         ("kind > 3", "kind > 3 compares text with a number: kind is 'cnn' in a/0"),
         ("3 < kind", "3 < kind compares a number with text: kind is 'cnn' in a/0"),
         ("'accuracy' > 3", "compares text with a number: 'accuracy' is 'accuracy'"),
-        ("odd > 0", "odd > 0 compares text with a number: odd is 'x' in b/5"),
         ("epoch in ('a', 'b')", "compares a number with text: epoch is 0 in a/0"),
         ("kind + 1 > 2", "kind \\+ 1 needs numbers, and kind is 'cnn' in a/0"),
         ("-kind > 2", "needs numbers"),
@@ -188,6 +189,51 @@ def test_what_is_refused(where: str, problem: str):
     with pytest.raises(InputError, match=problem) as info:
         select(ZOO, where)
     assert str(info.value).startswith("config field tokens.where is ")
+
+
+MESSY = [
+    record("a", 1, {"acc": "n/a", "done": "?", "kind": 3, "low": 0.1}),
+    record("b", 1, {"acc": 0.5, "done": True, "kind": "cnn", "low": "none"}),
+    record("c", 1, {"acc": 1, "done": False, "kind": None, "low": 0.9}),
+    record("d", 1, {"acc": math.nan, "kind": "x" * 100}),
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "models", "left_out"),
+    [
+        ("acc > 0.3", "bc", {"a": "acc is 'n/a', no number", "d": "acc is NaN"}),
+        ("not acc > 0.3", "", {"a": "acc is 'n/a', no number", "b": "does not meet not acc > 0.3"}),
+        ("0.7 > acc", "b", {"a": "acc is 'n/a', no number", "c": "does not meet 0.7 > acc"}),
+        ("acc == 1", "c", {"a": "acc is 'n/a', no number"}),
+        ("acc != 1", "b", {"a": "acc is 'n/a', no number"}),
+        ("acc != 'n/a'", "", {"a": "does not meet acc != 'n/a'", "b": "acc is 0.5, no text"}),
+        ("acc > 0.3 or acc == 'n/a'", "abc", {"d": "acc is NaN"}),
+        ("acc + 1 > 1.2", "bc", {"a": "acc is 'n/a', no number", "d": "acc is NaN"}),
+        ("-acc < 0", "bc", {"a": "acc is 'n/a', no number"}),
+        ("acc >= median(acc)", "c", {"a": "acc is 'n/a', no number", "b": "does not meet acc >= median(acc)"}),
+        ("acc > low", "c", {"a": "acc is 'n/a', no number", "b": "low is 'none', no number"}),
+        ("done", "b", {"a": "done is '?', no yes or no", "c": "does not meet done", "d": "done is missing"}),
+        ("not done", "c", {"a": "done is '?', no yes or no"}),
+        ("matches(kind, 'c*')", "b", {"a": "kind is 3, no text", "c": "kind is missing"}),
+        ("kind == 3", "a", {"b": "kind is 'cnn', no number", "d": f"kind is '{'x' * 39}…, no number"}),
+        ("missing(acc) or epoch == 1", "abcd", {}),
+        ("epoch == 1 and acc < 0.7", "b", {"a": "acc is 'n/a', no number"}),
+    ],
+)
+def test_a_value_of_another_kind_is_unknown(where: str, models: str, left_out: dict[str, str]):
+    chosen, others = select(MESSY, where)
+    assert "".join(r.model for r in chosen) == models
+    found = {r.model: reason for r, reason in others}
+    assert {name: found[name] for name in left_out} == left_out
+
+
+def test_values_of_two_kinds_that_are_nowhere_of_one_kind_are_refused():
+    zoo = [record("a", 0, {"x": "n/a", "y": 1}), record("b", 0, {"x": 2, "y": "n/a"})]
+    with pytest.raises(InputError, match="x > y compares text with a number: x is 'n/a' in a/0"):
+        select(zoo, "x > y")
+    with pytest.raises(InputError, match="x is neither true nor false"):
+        select(zoo, "x")
 
 
 def test_values_of_a_name():
