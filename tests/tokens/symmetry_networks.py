@@ -130,6 +130,67 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
+class AlexNet(nn.Module):
+    """torchvision's AlexNet, narrow, with small strides, whose classifier reads 6 x 6 maps."""
+
+    def __init__(self):
+        super().__init__()
+        relu, pool = nn.ReLU, nn.MaxPool2d(3, 2, 1)
+        first = (nn.Conv2d(3, 4, 11, padding=5), relu(), pool, nn.Conv2d(4, 5, 5, padding=2), relu(), pool)
+        middle = (nn.Conv2d(5, 6, 3, padding=1), relu(), nn.Conv2d(6, 6, 3, padding=1), relu())
+        self.features = nn.Sequential(*first, *middle, nn.Conv2d(6, 5, 3, padding=1), relu(), pool)
+        head = (nn.Dropout(), nn.Linear(5 * 36, 12), relu(), nn.Dropout(), nn.Linear(12, 10), relu())
+        self.avgpool, self.classifier = nn.AdaptiveAvgPool2d(6), nn.Sequential(*head, nn.Linear(10, 5))
+
+    def forward(self, x):
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+class Listed(nn.Module):
+    """Modules in a list, used by a function in whatever way."""
+
+    def __init__(self, modules, function):
+        super().__init__()
+        self.layers, self.function = nn.ModuleList(modules), function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class PreActivationStage(nn.Module):
+    """A block whose norms come before its convolutions, with a ResNet's keys."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = self.conv2(functional.relu(self.bn2(self.conv1(functional.relu(self.bn1(x))))))
+        return y + (self.downsample(x) if hasattr(self, "downsample") else x)
+
+
+class PreActivationResNet(nn.Module):
+    def __init__(self, widths):
+        super().__init__()
+        self.conv1, inputs = nn.Conv2d(3, 8, 3, padding=1), 8
+        for stage, width in enumerate(widths, start=1):
+            self.add_module(f"layer{stage}", nn.Sequential(PreActivationStage(inputs, width)))
+            inputs = width
+        self.stages = len(widths)
+        self.bn1, self.fc = nn.BatchNorm2d(8), nn.Linear(inputs, 4)
+        self.last = inputs
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for stage in range(1, self.stages + 1):
+            x = getattr(self, f"layer{stage}")(x)
+        x = functional.relu(self.bn1(x) if self.last == 8 else x)
+        return self.fc(x.mean((2, 3)))
+
+
 class InvertedResidual(nn.Module):
     """MobileNet-V2's block, with torchvision's keys."""
 

@@ -17,6 +17,7 @@ from sane_ray.errors import InputError
 from sane_ray.tokens.alignment import Matcher, match
 from sane_ray.tokens.symmetry import Symmetry, derive_symmetry, permute, random_permutations
 from sane_ray.tokens.tokenizer import build_layer_table
+from sane_ray.tokens.tracing import trace_symmetry
 
 
 def mlp(seed=0, widths=(12, 40, 30, 5), bias=True):
@@ -257,8 +258,8 @@ def test_a_permutation_on_two_axes_of_a_tensor_only_moves_uphill(seed):
 
 
 def test_hidden_layers_without_fixed_neighbours_or_biases_are_aligned():
-    weights = weights_of(mlp(0, (12, 40, 30, 20, 5), bias=False))
-    symmetry = symmetry_of(weights)
+    network = mlp(0, (12, 40, 30, 20, 5), bias=False)
+    weights, symmetry = weights_of(network), trace_symmetry(network, torch.randn(2, 12))
     assert len(symmetry.sizes) == 3
     other, planted = scrambled(weights, symmetry, 0.1)
     for seed in range(4):

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -24,14 +25,21 @@ from sane_ray.tokens.tokenizer import build_layer_table, tokenize
 from sane_ray.zoo.architectures import from_params
 from sane_ray.zoo.checkpoint import load_state_dict
 
+ZOO_CNN = {"model::type": "CNN"}
+
+
+def module_list(*modules):
+    """The modules as the published zoos number them."""
+    network = nn.Sequential()
+    network.add_module("module_list", nn.Sequential(*modules))
+    return network
+
 
 def cnn():
     """Convolutions, tanh, pooling, a flatten and two linear layers, numbered as in the published zoos."""
     maps = (nn.Conv2d(1, 6, 3), nn.MaxPool2d(2), nn.Tanh(), nn.Conv2d(6, 5, 3, bias=False), nn.Tanh(), nn.Flatten())
     features = (nn.Linear(5 * 3 * 3, 9), nn.Dropout(0.5), nn.Tanh(), nn.Linear(9, 4))
-    network = nn.Sequential()
-    network.add_module("module_list", nn.Sequential(*maps, *features))
-    return network, torch.randn(3, 1, 12, 12)
+    return module_list(*maps, *features), torch.randn(3, 1, 12, 12)
 
 
 def cnn_batch_norm():
@@ -39,14 +47,14 @@ def cnn_batch_norm():
     first = (nn.BatchNorm2d(2), nn.Conv2d(2, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())
     second = (nn.Conv2d(6, 5, 3), nn.PReLU(), nn.BatchNorm2d(5, affine=False), nn.Flatten(), nn.BatchNorm1d(45))
     third = (nn.Linear(45, 7), nn.BatchNorm1d(7), nn.GELU(), nn.Linear(7, 4), nn.BatchNorm1d(4))
-    return nn.Sequential(*first, *second, *third), torch.randn(8, 2, 7, 7)
+    return module_list(*first, *second, *third), torch.randn(8, 2, 7, 7)
 
 
 def cnn_group_norm():
     """A group norm and a PReLU hold the channels that they read in place; the rest may move."""
     maps = (nn.Conv2d(1, 6, 3), nn.GroupNorm(3, 6), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten())
     features = (nn.Linear(36, 8), nn.PReLU(8), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
-    return nn.Sequential(*maps, *features), torch.randn(3, 1, 7, 7)
+    return module_list(*maps, *features), torch.randn(3, 1, 7, 7)
 
 
 class Block(nn.Module):
@@ -140,7 +148,7 @@ def generator():
 def test_permuted_weights_differ_and_compute_the_same_function(name, batch_norm):
     network, images = trained(name)
     state_dict = network.state_dict()
-    symmetry = derive_symmetry(build_layer_table(state_dict, batch_norm=batch_norm))
+    symmetry = derive_symmetry(build_layer_table(state_dict, batch_norm=batch_norm), ZOO_CNN)
     assert len(symmetry.sizes) == PERMUTATIONS[name] and not symmetry.is_trivial
     expected = network(images)
     permuted = permute(state_dict, symmetry, random_permutations(symmetry, generator()))
@@ -157,7 +165,7 @@ def test_permuted_weights_differ_and_compute_the_same_function(name, batch_norm)
 def test_each_permutation_alone_keeps_the_function_and_each_axis_left_out_breaks_it(name):
     network, images = trained(name)
     state_dict = network.state_dict()
-    symmetry = derive_symmetry(build_layer_table(state_dict))
+    symmetry = derive_symmetry(build_layer_table(state_dict), ZOO_CNN)
     expected = network(images)
     identity = {permutation: np.arange(size) for permutation, size in symmetry.sizes.items()}
     for permutation, size in symmetry.sizes.items():
@@ -176,7 +184,7 @@ def test_each_permutation_alone_keeps_the_function_and_each_axis_left_out_breaks
 def test_gathering_tokens_equals_tokenizing_the_permuted_network(name, batch_norm, token_size):
     state_dict = trained(name)[0].state_dict()
     table = build_layer_table(state_dict, token_size=token_size, batch_norm=batch_norm)
-    symmetry = derive_symmetry(table)
+    symmetry = derive_symmetry(table, ZOO_CNN)
     permutations = random_permutations(symmetry, generator())
     tokens = tokenize(state_dict, table)
     expected = tokenize(permute(state_dict, symmetry, permutations), table)
@@ -211,11 +219,12 @@ def test_the_identity_gathers_every_value_from_its_place(parity):
 
 
 def test_a_flatten_moves_blocks_and_leaves_the_order_within_them():
-    state_dict = {"0.weight": torch.randn(2, 1, 3, 3), "2.weight": torch.arange(6.0).reshape(1, 6)}
-    symmetry = derive_symmetry(build_layer_table(state_dict))
-    permuted = permute(state_dict, symmetry, {"0": np.array([1, 0])})
-    assert permuted["2.weight"].tolist() == [[3, 4, 5, 0, 1, 2]]
-    assert torch.equal(permuted["0.weight"], state_dict["0.weight"].flip(0))
+    first, last = "module_list.0.weight", "module_list.2.weight"
+    state_dict = {first: torch.randn(2, 1, 3, 3), last: torch.arange(6.0).reshape(1, 6)}
+    symmetry = derive_symmetry(build_layer_table(state_dict), ZOO_CNN)
+    permuted = permute(state_dict, symmetry, {"module_list.0": np.array([1, 0])})
+    assert permuted[last].tolist() == [[3, 4, 5, 0, 1, 2]]
+    assert torch.equal(permuted[first], state_dict[first].flip(0))
 
 
 def test_residual_streams_share_a_permutation_until_a_shortcut_with_weights():
@@ -229,12 +238,15 @@ def test_residual_streams_share_a_permutation_until_a_shortcut_with_weights():
 
 def test_untokenized_entries_move_and_unnamed_ones_pass_through():
     state_dict = trained("cnn_batch_norm")[0].state_dict()
-    symmetry = derive_symmetry(build_layer_table(state_dict, batch_norm="ignore"))
+    symmetry = derive_symmetry(build_layer_table(state_dict, batch_norm="ignore"), ZOO_CNN)
     permutation = random_permutations(symmetry, generator())
-    permuted = permute({**state_dict, "other": state_dict["1.weight"]}, symmetry, permutation)
-    assert torch.equal(permuted["2.running_var"], state_dict["2.running_var"][permutation["1"]])
-    assert permuted["2.num_batches_tracked"] is state_dict["2.num_batches_tracked"]
-    assert permuted["other"] is state_dict["1.weight"]
+    weight, variance, counter = (
+        f"module_list.{key}" for key in ("1.weight", "2.running_var", "2.num_batches_tracked")
+    )  # fmt: skip
+    permuted = permute({**state_dict, "other": state_dict[weight]}, symmetry, permutation)
+    assert torch.equal(permuted[variance], state_dict[variance][permutation["module_list.1"]])
+    assert permuted[counter] is state_dict[counter]
+    assert permuted["other"] is state_dict[weight]
 
 
 class PreActivation(nn.Module):
@@ -418,6 +430,7 @@ KNOWN = {
     "vgg11_bn": (lambda: nets.VGG(11, True), torch.randn(2, 3, 32, 32), {}, 10),
     "vgg16": (lambda: nets.VGG(16, False), torch.randn(2, 3, 32, 32), {}, 15),
     "vgg16_bn": (lambda: nets.VGG(16, True), torch.randn(2, 3, 32, 32), {}, 15),
+    "alexnet": (nets.AlexNet, torch.randn(2, 3, 32, 32), {}, 7),
     "mobilenet": (nets.MobileNet, IMAGES, {}, 3),
     "encoder": (nets.Encoder, torch.randn(3, 5, 12), {}, 2),
     "encoder_heads": (nets.Encoder, torch.randn(3, 5, 12), {"nhead": 3, "d_model": 12}, 4),
@@ -497,6 +510,175 @@ def variant(network, **changes):
         else:
             state_dict[key] = torch.zeros(shape)
     return state_dict
+
+
+def maps(*modules):
+    return nn.Sequential(nn.Conv2d(3, 16, 1), *modules)
+
+
+def branches():
+    """Two layers read the same units, and their product is read by a third."""
+    first, second, third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+    return nets.Listed([first, second, third], lambda x: third(first(x).relu() * second(x).relu()))
+
+
+def recurrent():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    return nets.Listed([first, second], lambda x: torch.tanh(first(x) + second(torch.tanh(first(x)))))
+
+
+def residual(*widths):
+    layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
+
+    def forward(x):
+        for layer in layers:
+            y = torch.tanh(layer(x))
+            x = x + y if x.shape == y.shape else y
+        return x
+
+    return nets.Listed(layers, forward)
+
+
+def two_layer_residual():
+    """A residual stream around pairs of layers whose widths differ."""
+    up, down, last = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+    return nets.Listed([up, down, last], lambda x: last(x + down(up(x).relu())))
+
+
+def channels_last():
+    first, last = nn.Conv2d(3, 8, 3), nn.Linear(8 * 16, 4)
+    modules = [first, nn.ReLU(), nn.Flatten(), last]
+    return nets.Listed(modules, lambda x: last(first(x).relu().permute(0, 2, 3, 1).flatten(1)))
+
+
+PIXELS, FEATURES, PLACES = torch.randn(2, 3, 6, 6), torch.randn(3, 8), torch.randint(0, 8, (3, 5))
+UNCERTAIN = {
+    "residual_list": (lambda: residual(8, 8, 8, 8), FEATURES),
+    "residual_with_a_wider_layer": (lambda: residual(8, 6, 6, 5), FEATURES),
+    "residual_pairs": (two_layer_residual, FEATURES),
+    "branches": (branches, FEATURES),
+    "recurrent_list": (recurrent, FEATURES),
+    "pixel_shuffle": (lambda: maps(nn.PixelShuffle(2), nn.Flatten(), nn.Linear(16 * 36, 5)), PIXELS),
+    "channel_shuffle": (lambda: maps(nn.ChannelShuffle(4), nn.Conv2d(16, 8, 1)), PIXELS),
+    "channel_shuffle_head": (
+        lambda: maps(nn.ChannelShuffle(4), nn.Conv2d(16, 8, 1), nn.Flatten(), nn.Linear(288, 3)), PIXELS,
+    ),
+    "group_norm": (lambda: maps(nn.GroupNorm(4, 16, affine=False), nn.Conv2d(16, 8, 1)), PIXELS),
+    "local_response_norm": (lambda: maps(nn.ReLU(), nn.LocalResponseNorm(3), nn.Conv2d(16, 8, 1)), PIXELS),
+    "transposed": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 2, 1)), PIXELS,
+    ),
+    "transposed_without_bias": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(3, 8, 1, bias=False), nn.ReLU(), nn.ConvTranspose2d(8, 3, 1, bias=False)
+        ), PIXELS,
+    ),
+    "channels_last": (channels_last, PIXELS),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 4)), PLACES),
+    "flattened_embedding": (
+        lambda: nn.Sequential(nn.Embedding(10, 2), nn.Flatten(), nn.Linear(10, 4), nn.ReLU(), nn.Linear(4, 3)), PLACES,
+    ),
+    "pre_activation": (lambda: nets.PreActivationResNet([8, 8]), PIXELS),
+    "pre_activation_with_shortcut": (lambda: nets.PreActivationResNet([8, 12]), PIXELS),
+    "unflattened": (
+        lambda: nn.Sequential(nn.Linear(8, 16), nn.Unflatten(1, (16, 1)), nn.ConvTranspose1d(16, 16, 3)), FEATURES,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_what_keys_and_shapes_do_not_make_certain_stays_in_place(name):
+    make, inputs = UNCERTAIN[name]
+    network, inputs = nets.trained(make, inputs)
+    state_dict, expected = network.state_dict(), network(inputs)
+    symmetry = derive_symmetry(build_layer_table(state_dict))
+    assert symmetry.is_trivial or name == "flattened_embedding"
+    for seed in range(3):
+        permuted = permute(state_dict, symmetry, random_permutations(symmetry, np.random.default_rng(seed)))
+        network.load_state_dict(permuted)
+        assert (network(inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+CERTAIN = {
+    "gaps": ((nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), {"0": 8, "2": 8}),
+    "widths": ((nn.Linear(8, 7), nn.Linear(7, 6), nn.Linear(6, 4)), {"0": 7, "1": 6}),
+    "norms": ((nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), {"0": 8}),
+    "no_bias": ((nn.Linear(8, 8, False), nn.ReLU(), nn.Linear(8, 6, False), nn.ReLU(), nn.Linear(6, 4)), {"2": 6}),
+    "head_of_a_cnn": (
+        (nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 5, 1), nn.ReLU(), nn.Flatten(), nn.Linear(20, 6), nn.ReLU(),
+         nn.Linear(6, 4)),
+        {"4": 6},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CERTAIN)
+def test_units_between_linear_layers_move_where_nothing_else_can_be_beside_them(name):
+    modules, sizes = CERTAIN[name]
+    network, inputs = nets.trained(lambda: nn.Sequential(*modules), FEATURES)
+    state_dict, expected = network.state_dict(), network(inputs)
+    symmetry = derive_symmetry(build_layer_table(state_dict))
+    assert symmetry.sizes == sizes
+    permuted = permute(state_dict, symmetry, random_permutations(symmetry, generator()))
+    assert (outputs(network, inputs, permuted) - expected).abs().max() < 1e-10
+
+
+def test_the_small_cnn_zoo_is_known_by_its_settings():
+    layers = [nn.Conv2d(inputs, 4, 3, 2, 1) for inputs in (1, 4, 4)]
+    head = nn.Linear(4, 10)
+
+    def forward(x):
+        for layer in layers:
+            x = layer(x).relu()
+        return head(x.mean((2, 3)))
+
+    network, images = nets.trained(lambda: nets.Listed([*layers, head], forward), torch.randn(2, 1, 16, 16))
+    state_dict, expected = network.state_dict(), network(images)
+    table = build_layer_table(state_dict)
+    symmetry = derive_symmetry(table, {"num_layers": 3, "num_units": 4, "dnn_architecture": "cnn"})
+    assert symmetry.sizes == {"layers.0": 4, "layers.1": 4, "layers.2": 4}
+    network.load_state_dict(permute(state_dict, symmetry, random_permutations(symmetry, generator())))
+    assert (network(images) - expected).abs().max() < 1e-10
+    for hints in ({}, {"num_layers": 2, "num_units": 4}, {"num_layers": 3, "num_units": 5}, ZOO_CNN):
+        assert derive_symmetry(table, hints).is_trivial
+
+
+@pytest.mark.parametrize(
+    "make, origin",
+    [
+        (lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), "chain"),
+        (lambda: nets.VGG(11, False), "VGG"),
+        (ResNet, "ResNet"),
+        (lambda: nets.WideResNet(1), "wide ResNet"),
+        (nets.MobileNet, "inner units of blocks"),
+    ],
+)
+def test_the_origin_names_the_family(make, origin):
+    table = build_layer_table(make().state_dict())
+    assert derive_symmetry(table).origin == f"names and shapes: {origin}"
+    assert derive_symmetry(build_layer_table(nn.Linear(3, 2).state_dict())).origin == ""
+
+
+def test_networks_with_the_keys_of_vgg_but_another_layout_stay_as_they_are():
+    plain, normed = nets.VGG(11, False).state_dict(), nets.VGG(11, True).state_dict()
+    shifted = {key.replace("features.18.", "features.19."): value for key, value in plain.items()}
+    no_norms = {key: value for key, value in normed.items() if value.dim() in (2, 4) or key.endswith("bias")}
+    wide_kernels = {**plain, "features.0.weight": torch.zeros(4, 3, 5, 5)}
+    heads = {key.replace("classifier.3.", "classifier.2."): value for key, value in plain.items()}
+    for state_dict in (shifted, no_norms, wide_kernels, heads):
+        assert derive_symmetry(build_layer_table(state_dict)).is_trivial
+
+
+def test_a_resnet_without_a_shortcut_or_with_a_flattened_head_stays_as_it_is():
+    flattened = {**ResNet().state_dict(), "fc.weight": torch.zeros(5, 32)}
+    alike = nn.Module()
+    alike.conv1, alike.bn1 = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    alike.layer1, alike.fc = nn.Sequential(Block(4, 4, 1, "shortcut", 2)), nn.Linear(4, 2)
+    strided = {key: value for key, value in ResNet().state_dict().items() if not key.startswith("layer2")}
+    strided |= {f"layer2.0.{key}": value for key, value in Block(4, 4, 2, "downsample", 2).state_dict().items()}
+    strided["fc.weight"] = torch.zeros(5, 4)  # no width changes: norms may come before convolutions
+    for state_dict in (flattened, alike.state_dict(), strided):
+        assert derive_symmetry(build_layer_table(state_dict)).is_trivial
 
 
 @pytest.mark.parametrize(
