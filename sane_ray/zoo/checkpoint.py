@@ -2,29 +2,33 @@
 
 Tensors of safetensors files and of torch's zip files stay on disk until they are asked for, and are then read with
 plain file reads: pages of a memory map count as resident memory. Never runs code from a file: torch files are read
-with ``weights_only=True``, and one that needs more is refused.
+with ``weights_only=True``, and one that needs more is refused. Never takes much more memory than a file is large: one
+that says otherwise is refused before it is read.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import pickle
+import pickletools
 import re
 import threading
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sane_ray.errors import InputError
+from sane_ray.zoo.archives import Limits
 
 WRAPPERS = ("model_state_dict", "state_dict", "model", "model_state")
 """Keys under which training scripts put the state dict beside optimiser and epoch."""
@@ -32,17 +36,31 @@ WRAPPERS = ("model_state_dict", "state_dict", "model", "model_state")
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every key."""
 
+LIMITS = Limits()
+"""When a compressed torch file is taken for a bomb, and refused."""
+
+LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header; what the safetensors library accepts."""
+
+_LOG = logging.getLogger(__name__)
+
 
 class Checkpoint(ABC):
     """The tensors of one checkpoint: names, shapes and dtypes at once, values when asked for.
 
     Attributes:
         path: File or folder, for messages.
-        meta: Every tensor on torch's meta device, by key in the order of the state dict.
+        meta: Every tensor on torch's meta device, by key in the order of the state dict. Each costs about 450 bytes of
+            memory besides its name, whatever its size: 0.15 MB for a ResNet-50, so whoever looks at many checkpoints
+            keeps what it needs of their ``meta``, and not the checkpoints.
+        is_lazy: Whether ``read`` reads no more than it is asked for (safetensors, torch's zip files as torch writes
+            them). Otherwise opening has read all values into memory (legacy and compressed files), and opening the
+            checkpoint once for each part of it reads all of it each time.
     """
 
     path: str
     meta: dict[str, Tensor]
+    is_lazy: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -100,6 +118,8 @@ class StoredCheckpoint(Checkpoint):
 
     Holds no file open between reads, and can be sent to another process that sees the same files.
     """
+
+    is_lazy = True
 
     def __init__(self, path: str | Path, tensors: Mapping[str, StoredTensor]) -> None:
         self.path = str(path)
@@ -173,7 +193,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         case "zip":
             return _open_zip(path)
         case _:
-            return LoadedCheckpoint(path, _weights(_torch_load(path, "cpu"), path))
+            return _loaded(path)
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -211,67 +231,191 @@ def natural_order(key: str) -> tuple[list[list[str | int]], int, str]:
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|exp_avg|momentum_buffer|(^|_)(rng|amp)($|_)", re.IGNORECASE)
 """Entries of a training script's dict that hold tensors, but none of a model."""
 
-_SECOND_CHOICE = re.compile(r"(^|_)(ema|teacher|target|momentum|swa|averaged?)($|_)", re.IGNORECASE)
+_SECOND_CHOICE = re.compile(
+    r"(^|_)(ema|teacher|target|momentum|swa|averaged?|best|initial|previous|prev|old|backup|copy)($|_)", re.IGNORECASE
+)
 """Second copies of the weights, taken where nothing else is there."""
+
+_LIKE_WEIGHTS = re.compile(r"\.|^(weight|bias|running_mean|running_var)$")
+"""Names of a module's tensors, unlike those of a loss or a history that training scripts put beside them."""
 
 _DEEPEST = 8
 _LIGHTNING = "pytorch-lightning_version"
 
 
-def find_state_dict(content: Any) -> Mapping[str, Any] | None:
+def find_state_dict(content: Any, path: str | Path = "") -> Mapping[str, Any] | None:
     """The state dict in what a training script saved, wherever it is nested.
 
-    Goes into ``WRAPPERS`` first; else takes the mapping with the most values in tensors, never one of an optimiser,
-    and of equals the first; an averaged copy (``ema``) only where nothing else is there. Its keys are names.
+    At every level of nesting it is the first of these that is there:
+
+    1. What lies under one of ``WRAPPERS``.
+    2. All state dicts side by side, joined under their names: ``{"encoder": {…}, "decoder": {…}}`` becomes
+       ``encoder.0.weight`` and so on. Tensors of the level itself keep their names, if these are names of weights. One
+       that is alone keeps its names, too.
+    3. A second copy (``ema``, ``best``): the one with the most values.
+    4. What only may be weights, since neither its names nor a matrix say so: the one with the most values.
+
+    Of an optimiser, a scheduler or a random state, nothing. What looks like weights and was left out is named in a
+    warning, once for each combination, so that the equal files of a zoo do not all repeat it.
+
+    Args:
+        content: As ``load_safely`` returns it.
+        path: Names the file in the warning.
 
     Returns:
-        The mapping, or None if nothing in ``content`` is a state dict.
+        A mapping with names as keys, or None if nothing in ``content`` is a state dict.
     """
-    return _find(content, set())
+    search = _Search()
+    found = search.find(content)
+    if found is not None and search.left_out:
+        _warn_of(search.left_out, path)
+    return found
 
 
-def _find(content: Any, seen: set[int]) -> Mapping[str, Any] | None:
-    if not isinstance(content, Mapping) or id(content) in seen or len(seen) > _DEEPEST:
-        return None
-    seen.add(id(content))
-    for key in WRAPPERS:
-        found = _find(content.get(key), seen)
-        if found is not None:
-            return found
-    candidates = list(_mappings(content, set()))
-    return max(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
+class _Search:
+    """One search for a state dict. Enters each mapping once: a file may hold one twice, or in itself."""
+
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+        self._seen: set[int] = set()
+
+    def find(self, content: Any, place: str = "", depth: int = 0) -> Mapping[str, Any] | None:
+        """The state dict in a mapping that lies at ``place`` (empty, or a dotted name with a dot at its end)."""
+        if not isinstance(content, Mapping) or id(content) in self._seen or depth > _DEEPEST:
+            return None
+        self._seen.add(id(content))
+        for key in WRAPPERS:
+            found = self.find(content.get(key), f"{place}{key}.", depth + 1)
+            if found is not None:
+                self._note_beside(content, key, place, depth)
+                return found
+        if "param_groups" in content or not all(isinstance(key, str) for key in content):
+            return None
+        return self._side_by_side(content, self._parts(content, place, depth), place)
+
+    def _parts(self, content: Mapping[Any, Any], place: str, depth: int) -> dict[str, Mapping[str, Any]]:
+        """State dicts by the key under which they lie, second choices last."""
+        keys = [key for key, value in content.items() if isinstance(key, str) and isinstance(value, Mapping)]
+        keys = [key for key in keys if not _NO_WEIGHTS.search(key)]
+        found = {
+            key: self.find(content[key], f"{place}{key}.", depth + 1)
+            for key in sorted(keys, key=lambda key: _SECOND_CHOICE.search(key) is not None)
+        }
+        return {key: part for key, part in found.items() if part is not None}
+
+    def _side_by_side(
+        self, content: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], place: str
+    ) -> Mapping[str, Any] | None:
+        own = _tensors(content)
+        if all("." not in key and _NO_WEIGHTS.search(key) for key in own):
+            own = {}
+        first = {key: part for key, part in parts.items() if not _SECOND_CHOICE.search(key)}
+        chosen = {key: part for key, part in first.items() if _looks_like_weights(part)}
+        with_own = any(_LIKE_WEIGHTS.search(key) for key in own)
+        if not chosen and not with_own:
+            rest = [*([("", own)] if own else []), *first.items()]
+            second = [(key, part) for key, part in parts.items() if key not in first]
+            likely = ([each for each in pool if _looks_like_weights(each[1])] for pool in (rest, second))
+            candidates = next((pool for pool in (*likely, rest, second) if pool), None)
+            if candidates is None:
+                return None
+            name, part = max(candidates, key=lambda each: _values(each[1]))
+            with_own = part is own
+            chosen = {} if with_own else {name: part}
+        self.left_out += [place + key for key in parts if key not in chosen and _looks_like_weights(parts[key])]
+        if len(chosen) + with_own == 1:
+            return content if with_own else next(iter(chosen.values()))
+        return self._joined(content if with_own else {}, chosen, place)
+
+    def _joined(self, own: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]], place: str) -> Mapping[str, Any]:
+        """One state dict of several, each under its name; one whose keys are taken already is left out."""
+        joined = {key: value for key, value in own.items() if isinstance(value, Tensor | _Array)}
+        for name, part in parts.items():
+            values = {key: value for key, value in part.items() if isinstance(value, Tensor | _Array)}
+            named = {f"{name}.{key}": value for key, value in _without_prefixes(values, PREFIXES).items()}
+            if named.keys() & joined.keys():
+                self.left_out.append(place + name)
+            else:
+                joined |= named
+        return joined
+
+    def _note_beside(self, content: Mapping[Any, Any], wrapper: str, place: str, depth: int) -> None:
+        """Notes what would have been weights without the wrapper."""
+        before = len(self.left_out)  # what is left out of what is left out is not worth a word
+        parts = self._parts(content, place, depth)
+        del self.left_out[before:]
+        self.left_out += [place + key for key, part in parts.items() if _looks_like_weights(part)]
+        self.left_out += [place + key for key in _tensors(content) if _LIKE_WEIGHTS.search(key)]
 
 
-def _mappings(
-    content: Mapping[Any, Any], seen: set[int], first_choice: bool = True, depth: int = 0
-) -> Iterator[tuple[tuple[bool, int, int], Mapping[str, Any]]]:
-    """Everything that looks like a state dict, and its rank: a first choice, its number of real values, of values."""
-    seen.add(id(content))  # a file may hold a mapping in itself
-    if not all(isinstance(key, str) for key in content):
-        return
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    weights = [value for key, value in tensors.items() if "." in key or not _NO_WEIGHTS.search(key)]
-    if weights:
-        real = sum(value.numel() for value in weights if value.is_floating_point())
-        yield (first_choice, real, sum(value.numel() for value in weights)), content
-    if depth == _DEEPEST or "param_groups" in content:
-        return
-    for key, value in content.items():
-        if isinstance(value, Mapping) and id(value) not in seen and not _NO_WEIGHTS.search(key):
-            yield from _mappings(value, seen, first_choice and not _SECOND_CHOICE.search(key), depth + 1)
+def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-def _weights(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of the state dict in a torch file's content, prefixes undone."""
-    state_dict = find_state_dict(content)
+def _looks_like_weights(part: Mapping[str, Any]) -> bool:
+    return any(
+        Tensor.dim(value) > (0 if _LIKE_WEIGHTS.search(key) else 1)
+        for key, value in _tensors(part).items()
+        if value.dtype.is_floating_point or "." in key
+    )
+
+
+def _values(part: Mapping[str, Any]) -> tuple[int, int]:
+    """How many real values a mapping has in tensors, and how many at all."""
+    tensors = _tensors(part).values()
+    real = sum(Tensor.numel(value) for value in tensors if value.dtype.is_floating_point)
+    return real, sum(map(Tensor.numel, tensors))
+
+
+_WARNED: set[tuple[str, ...]] = set()
+
+
+def _warn_of(left_out: list[str], path: str | Path) -> None:
+    names = tuple(name[:100] for name in left_out[:5])
+    if names not in _WARNED and len(_WARNED) < 1000:
+        _WARNED.add(names)
+        more = f" and {len(left_out) - len(names)} more" if len(left_out) > len(names) else ""
+        _LOG.warning("%s: more than one set of weights: %s%s is not read", path, ", ".join(names), more)
+
+
+def state_dict_in(content: Any, path: str | Path, size: int) -> dict[str, Tensor]:
+    """The tensors of the state dict in a torch file's content (see ``find_state_dict``), ``PREFIXES`` undone.
+
+    Args:
+        content: As ``load_safely`` returns it.
+        path: Names the file in messages.
+        size: Bytes of the file.
+
+    Raises:
+        InputError: No state dict is in it, or one with a tensor that has no flat values as stored, or that says it has
+            many more values than the file holds.
+    """
+    state_dict = find_state_dict(content, path)
     if state_dict is None:
         raise InputError(f"{path}: {_what_instead(content)}; save model.state_dict() there, or remove it from the zoo")
     for key, value in state_dict.items():
         if isinstance(value, _Array):
             raise InputError(f"{path}: {key!r} is a numpy array, not a tensor; save it with torch.from_numpy")
     tensors = {key: _plain(path, key, value) for key, value in state_dict.items() if isinstance(value, Tensor)}
+    _refuse_blown_up(path, tensors, size)
     of_lightning = isinstance(content, Mapping) and _LIGHTNING in content
     return _without_prefixes(tensors, (*PREFIXES, "model.") if of_lightning else PREFIXES)
+
+
+_VALUES_A_BYTE = 100
+_SMALL = 1 << 20
+"""Values that any file may repeat, so that a small one may broadcast a bias."""
+
+
+def _refuse_blown_up(path: str | Path, tensors: Mapping[str, Tensor], size: int) -> None:
+    """Refuses views that repeat what little the file holds: a model of them would have to be written out in full."""
+    total = sum(value.numel() for value in tensors.values())
+    if total > max(_SMALL, _VALUES_A_BYTE * size):
+        key = max(tensors, key=lambda key: tensors[key].numel())
+        raise InputError(
+            f"{path}: tensor {key[:100]!r} says it has {tensors[key].numel():,} values, but the whole file has "
+            f"{size:,} bytes, so it repeats a few; save its clone() if that is meant, or remove it from the zoo"
+        )
 
 
 def _what_instead(content: Any) -> str:
@@ -301,6 +445,7 @@ def _without_prefixes(tensors: Mapping[str, Any], prefixes: tuple[str, ...]) -> 
 
 def _plain(path: str | Path, key: str, tensor: Tensor) -> Tensor:
     """The tensor, if its values lie in memory as numbers one after the other."""
+    tensor = Tensor.detach(tensor)  # without attributes that a file may put over its methods
     if tensor.is_quantized:
         raise InputError(f"{path}: tensor {key!r} is quantised; save its dequantize() in its place")
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -310,7 +455,7 @@ def _plain(path: str | Path, key: str, tensor: Tensor) -> Tensor:
         )
     if tensor.is_conj() or tensor.is_neg():
         raise InputError(f"{path}: tensor {key!r} is a lazy conjugate; save its resolve_conj().resolve_neg()")
-    return tensor.detach()
+    return tensor
 
 
 # --- Reading values where they lie ------------------------------------------------------------------------------------
@@ -421,12 +566,9 @@ def _recognise(path: Path) -> str:
     if head.startswith(_ZIP_MAGIC):
         return "zip"
     # torch's legacy files and plain pickles begin with the protocol's byte, and none is a header of this length
-    is_header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER
+    is_header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER
     return "safetensors" if is_header or (path.suffix == ".safetensors" and head[:1] != b"\x80") else "legacy"
 
-
-_LONGEST_HEADER = 100_000_000
-"""Bytes; what the safetensors library accepts."""
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -495,19 +637,26 @@ def _open_zip(path: Path) -> Checkpoint:
     """A file of torch's zip format: its tensors are read where they lie, if they lie there as they are."""
     records = _records(path)
     if records is not None and (content := _without_values(path)) is not None:
-        stored = {key: StoredTensor(path, _place(value), value) for key, value in _weights(content, path).items()}
+        found = state_dict_in(content, path, path.stat().st_size)
+        stored = {key: StoredTensor(path, _place(value), value) for key, value in found.items()}
         if all(each.offset in records for each in stored.values()):
             for key, each in stored.items():
                 if (int(each.view.storage_offset()) + _span(each.view)) * each.view.itemsize > records[each.offset]:
                     raise InputError(f"{path}: damaged: tensor {key!r} is larger than its record; copy it again")
             return StoredCheckpoint(path, stored)
-    return LoadedCheckpoint(path, _weights(_torch_load(path, "cpu"), path))
+    return _loaded(path)
+
+
+def _loaded(path: Path) -> LoadedCheckpoint:
+    with _opened(path) as file:
+        return LoadedCheckpoint(path, state_dict_in(load_safely(file, path), path, path.stat().st_size))
 
 
 def _without_values(path: Path) -> Any:
     """What a torch file holds, tensors on the meta device; None where it has a kind of tensor that cannot be there."""
     try:
-        return _torch_load(path, "meta")
+        with _opened(path) as file:
+            return load_safely(file, path, device="meta")
     except InputError:
         return None  # whatever it is, reading it with its values says it
 
@@ -522,26 +671,68 @@ def _records(path: Path) -> dict[int, int] | None:
 
     None if they must be converted when they are read: they were compressed, or have another order of bytes.
     """
+    with _opened(path) as file, _archive(file, path) as archive:
+        entries = archive.infolist()
+        order = next((each for each in entries if each.filename.endswith("/byteorder")), None)
+        if order is not None and archive.read(order) != b"little":
+            return None
+        storages = [each for each in entries if "/data/" in each.filename and not each.is_dir()]
+        if any(each.compress_type != zipfile.ZIP_STORED for each in storages):
+            return None
+        return {_begin(file, each): each.file_size for each in storages}
+
+
+@contextmanager
+def _archive(file: IO[bytes], name: str | Path, packed: int | None = None) -> Iterator[zipfile.ZipFile]:
+    """A torch file as the zip archive that it is, once its directory promises no bomb."""
     try:
-        with zipfile.ZipFile(path) as archive, _opened(path) as file:
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            _refuse_other_archives(path, entries)
-            order = next((each for each in entries if each.filename.endswith("/byteorder")), None)
-            if order is not None and archive.read(order) != b"little":
-                return None
-            storages = [each for each in entries if "/data/" in each.filename and not each.is_dir()]
-            if any(each.compress_type != zipfile.ZIP_STORED for each in storages):
-                return None
-            return {_begin(file, each): each.file_size for each in storages}
+            _refuse_other_archives(name, entries)
+            _refuse_bombs(name, entries, file.seek(0, 2) if packed is None else packed)
+            yield archive
     except InputError:
         raise
     except Exception as error:  # a damaged archive fails in whatever way its bytes happen to lead to
         raise InputError(
-            f"{path}: truncated, or no checkpoint ({error}); copy or download it again, or remove it from the zoo"
+            f"{name}: truncated, or no checkpoint ({_reason(error)}); copy or download it again, or remove it from the "
+            "zoo"
         ) from error
 
 
-def _refuse_other_archives(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+_SHORT = 1000
+_SHORT_MEMBERS = ("byteorder", "version")
+_SMALL_PICKLE = 1 << 20
+"""Bytes; every one of a pickle may become an object of 70."""
+
+
+def _is_pickle(entry: zipfile.ZipInfo) -> bool:
+    return entry.filename.partition("/")[2].lower() == "data.pkl"  # torch finds its members in any case
+
+
+def _refuse_bombs(name: str | Path, entries: Iterable[zipfile.ZipInfo], packed: int) -> None:
+    """Refuses an archive by what its directory says, before anything is unpacked."""
+    total = 0
+    for each in entries:
+        total += each.file_size
+        if each.file_size > _SHORT and each.filename.rpartition("/")[2].lower() in _SHORT_MEMBERS:
+            raise InputError(
+                f"{name}: its {each.filename[-50:]} has {each.file_size:,} bytes where torch writes a word; remove it "
+                "from the zoo"
+            )
+        if _is_pickle(each) and each.file_size > max(_SMALL_PICKLE, LIMITS.ratio * each.compress_size):
+            raise InputError(
+                f"{name}: its data.pkl has {each.compress_size:,} bytes and says it unpacks to {each.file_size:,}; "
+                "save it again with torch.save, or remove it from the zoo"
+            )
+    if total > max(LIMITS.small, LIMITS.ratio * packed):
+        raise InputError(
+            f"{name}: has {packed:,} bytes and says it unpacks to {total:,}, more than {LIMITS.ratio:g} times as many, "
+            "which no trained weights do; save it again with torch.save, or remove it from the zoo"
+        )
+
+
+def _refuse_other_archives(path: str | Path, entries: list[zipfile.ZipInfo]) -> None:
     names = {each.filename.partition("/")[2] for each in entries}
     if any(each.flag_bits & 1 for each in entries):
         raise InputError(f"{path}: is encrypted; decrypt it first, or remove it from the zoo")
@@ -556,7 +747,7 @@ def _refuse_other_archives(path: Path, entries: list[zipfile.ZipInfo]) -> None:
         )
 
 
-def _begin(file: BufferedReader, entry: zipfile.ZipInfo) -> int:
+def _begin(file: IO[bytes], entry: zipfile.ZipInfo) -> int:
     """Where the content of an archive's entry begins: after a header of 30 bytes, a name and a filler."""
     file.seek(entry.header_offset)
     header = file.read(30)
@@ -609,26 +800,107 @@ _TOLD = 2000
 """Letters of an error that are looked at: a hostile file may put all of itself into the message."""
 
 
-def _torch_load(path: Path, device: str) -> Any:
+def load_safely(
+    file: IO[bytes], name: str | Path, *, device: str = "cpu", stand_ins: Sequence[Any] = (), packed: int | None = None
+) -> Any:
+    """What a file that ``torch.save`` wrote holds, without running anything that it asks for.
+
+    Every torch file of a zoo is read here, so that what is refused here is refused everywhere.
+
+    Args:
+        file: Open at its start, and seekable: of its name, torch might take another format.
+        name: Its name in messages.
+        device: ``meta`` leaves the values of its tensors where they are.
+        stand_ins: Beside ``STAND_INS``: what takes the place of a class that the file names, each with that name.
+        packed: Bytes that it takes on the disk, where it comes compressed out of an archive.
+
+    Raises:
+        InputError: It is damaged, asks for code, is encrypted, or would take much more memory than it has bytes.
+    """
     try:
-        with _opened(path) as file, STAND_INS_LOCK, torch.serialization.safe_globals(STAND_INS):
-            return torch.load(
-                file, map_location=device, weights_only=True
-            )  # by its name, torch may take another format
+        _refuse_growth(file, name, packed)
+        file.seek(0)
+        with STAND_INS_LOCK, torch.serialization.safe_globals([*STAND_INS, *stand_ins]):
+            return torch.load(file, map_location=device, weights_only=True)
     except InputError:
         raise
     except Exception as error:  # a damaged file fails in whatever way its bytes happen to lead to
         reason = _reason(error)
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in reason:
             raise InputError(
-                f"{path}: needs Python code to be read ({reason}), which may do anything, so it is refused; "
+                f"{name}: needs Python code to be read ({reason}), which may do anything, so it is refused; "
                 "where you trust its author, load it with the program that wrote it and save model.state_dict() alone, "
                 "with torch.save or safetensors"
             ) from error
         raise InputError(
-            f"{path}: truncated, or no checkpoint that can be read without running code ({reason}); "
+            f"{name}: truncated, or no checkpoint that can be read without running code ({reason}); "
             "copy or download it again, or remove it from the zoo"
         ) from error
+
+
+_CHUNK = 1 << 24
+_GROWING = re.compile(rb"\n(?:bytearray|encode)\n")
+_GROWING_CODECS = re.compile(r"(hex|base.?64|quopri|quoted.?printable|uu)(.codec)?", re.IGNORECASE)
+
+
+def _refuse_growth(file: IO[bytes], name: str | Path, packed: int | None) -> None:
+    """Refuses a file that makes much of little: by compression, or by what torch lets a pickle call.
+
+    These are ``bytearray(10**9)``, and ``_codecs.encode`` to codecs that write bytes as more bytes, again and again.
+    No stand-in can take their place, as torch has its own. Nothing is executed to find them.
+    """
+    file.seek(0)
+    if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+        file.seek(0)
+        if _names_growing(file):
+            file.seek(0)
+            _refuse_growing_calls(file, name)
+        return
+    with _archive(file, name, packed) as archive:
+        for entry in archive.infolist():
+            if _is_pickle(entry):
+                content = BytesIO(archive.read(entry))
+                if _names_growing(content):
+                    content.seek(0)
+                    _refuse_growing_calls(content, name)
+
+
+def _names_growing(file: IO[bytes]) -> bool:
+    """Whether the bytes name one of them at all, which is quick to see: hardly any file does."""
+    end = b""
+    while chunk := file.read(_CHUNK):
+        if _GROWING.search(end + chunk):
+            return True
+        end = chunk[-20:]
+    return False
+
+
+def _refuse_growing_calls(file: IO[bytes], name: str | Path) -> None:
+    encodes, codec = False, ""
+    for operation, argument in _operations(file):
+        if operation == "GLOBAL" and str(argument).endswith(" bytearray"):
+            raise InputError(
+                f"{name}: holds a bytearray, which may be of any size, so it is refused; save model.state_dict() alone"
+            )
+        encodes |= operation == "GLOBAL" and str(argument).endswith(" encode")
+        text = argument.decode("latin-1") if isinstance(argument, bytes) else argument
+        if isinstance(text, str) and _GROWING_CODECS.fullmatch(text):
+            codec = text
+        if encodes and codec:
+            raise InputError(
+                f"{name}: asks for bytes to be written as {codec}, which may fill the memory, so it is refused; "
+                "save model.state_dict() alone"
+            )
+
+
+def _operations(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """Operations of the pickles at the start of a file: one in a zip's, five in a legacy file."""
+    for _ in range(5):
+        try:
+            for operation, argument, _place in pickletools.genops(file):
+                yield operation.name, argument
+        except ValueError:
+            return  # here, or where torch finds it too, the pickles end
 
 
 def _reason(error: Exception) -> str:

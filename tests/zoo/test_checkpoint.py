@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from sane_ray.errors import InputError
+from sane_ray.zoo import checkpoint
 from sane_ray.zoo.checkpoint import (
     LoadedCheckpoint,
     SafetensorsCheckpoint,
@@ -227,6 +228,10 @@ OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(1000)}}, "param_groups": [{"lr
         {"ema": weights()},
         {"net": weights(), "generator": torch.Generator().get_state()},
         {"epoch": 1} | weights(),
+        {"net": weights(), "class_weights": torch.ones(10), "history": {"loss": torch.ones(100)}},
+        {"net": weights(), "fixed_noise": torch.ones(64, 100), "metrics": {"train.loss": torch.tensor(0.5)}},
+        {"loss": torch.tensor(0.5), "ema": weights()},
+        {"best_model": {"old": torch.ones(3)}, "ema_net": weights()},
         OrderedDict((key, torch.nn.Parameter(value)) for key, value in weights().items()),
     ],
 )
@@ -250,6 +255,62 @@ def test_many_references_to_one_mapping_are_one():
         content = {str(number): content for number in range(20)}
     found = find_state_dict(content)
     assert found is not None and torch.equal(found["weight"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        ({"encoder": {"0.weight": 1, "0.bias": 2}, "decoder": {"0.weight": 3}, "epoch": 9}, "{0}.0.weight {0}.0.bias"),
+        ({"model": {"encoder": {"0.weight": 1, "0.bias": 2}, "decoder": {"0.weight": 3}}}, "{0}.0.weight {0}.0.bias"),
+        ({"nets": {"encoder": {"state_dict": {"a": 1, "b": 2}}, "decoder": {"model": {"0.weight": 3}}}}, "{0}.a {0}.b"),
+        (
+            {"encoder": {"module.0.weight": 1, "module.c": 2}, "decoder": {"_orig_mod.0.weight": 3}},
+            "{0}.0.weight {0}.c",
+        ),
+        ({"0.weight": 1, "0.bias": 2, "decoder": {"0.weight": 3}}, "0.weight 0.bias"),
+        ({"weight": 1, "bias": 2, "decoder": {"0.weight": 3}}, "weight bias"),
+        ({"decoder": {"0.weight": 3}, "encoder": {"w": 1, "v": 2}, "decoder_ema": {"0.weight": 5}}, "{0}.w {0}.v"),
+    ],
+)
+def test_state_dicts_side_by_side_are_one(tmp_path: Path, content: dict, keys: str):
+    def tensors(value: object) -> object:
+        return {key: tensors(each) for key, each in value.items()} if isinstance(value, dict) else torch.ones(2, value)
+
+    content = {key: each if key == "epoch" else tensors(each) for key, each in content.items()}
+    torch.save(content | {"optimizer": OPTIMIZER, "scaler": {"scale": torch.ones(3, 3)}}, tmp_path / "model.pt")
+    loaded = load_state_dict(tmp_path / "model.pt")
+    names = [*keys.format("encoder").split(), "decoder.0.weight"]
+    assert {key: value.shape[1] for key, value in loaded.items()} == dict(zip(names, (1, 2, 3), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "left_out"),
+    [
+        ({"first": weights(), "first_ema": weights()}, "first_ema"),
+        ({"model": weights(), "second": weights(), "second_state": {"loss": torch.ones(3)}}, "second"),
+        ({"model": weights(), "third.weight": torch.ones(3)}, "third.weight"),
+        ({"ema": weights(), "teacher_four": {"net": {"weight": torch.ones(2)}}}, "teacher_four"),
+        ({"net": {"0.weight": torch.ones(3), "five": {"state_dict": weights()}}, "best_five": weights()}, "best_five"),
+        ({"a": {"b.weight": torch.ones(3)}, "a.b": {"weight": torch.ones(3)}, "six_ema": weights()}, "six_ema, a.b"),
+    ],
+)
+def test_weights_that_are_left_out_are_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: dict, left_out: str
+):
+    torch.save(content | {"optimizer": OPTIMIZER}, tmp_path / "model.pt")
+    for _ in range(2):
+        load_state_dict(tmp_path / "model.pt")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'model.pt'}: more than one set of weights: {left_out} is not read"
+    ]
+
+
+def test_nothing_is_said_of_files_with_one_set_of_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    beside = {"optimizer": OPTIMIZER, "loss": torch.tensor(0.5), "callbacks": {"best": {"score": torch.tensor(1.0)}}}
+    for wrapper in ("state_dict", "net"):
+        torch.save({wrapper: weights(), **beside}, tmp_path / "model.pt")
+        load_state_dict(tmp_path / "model.pt")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -378,11 +439,26 @@ def test_shared_and_non_contiguous_tensors(tmp_path: Path, form: str):
                 assert torch.equal(opened.read(key, start, stop), value.flatten()[start:stop])
 
 
-def test_a_slice_of_an_expanded_tensor_costs_no_more_than_itself(tmp_path: Path):
-    torch.save({"weight": torch.ones(1).expand(10**12), "w": torch.ones(1, 1).expand(10**6, 10**6)}, tmp_path / "model")
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_small_tensor_that_is_expanded_is_read(tmp_path: Path, form: str):
+    store(
+        {"weight": torch.ones(1, 1).expand(900, 900), "bias": torch.tensor(2.0).expand(512)}, tmp_path / "model", form
+    )
     opened = open_checkpoint(tmp_path / "model")
-    assert opened.read("weight", 10**11, 10**11 + 3).tolist() == [1, 1, 1]
-    assert opened.read("w", 10**11, 10**11 + 3).tolist() == [1, 1, 1]
+    assert opened.read("weight", 10**5, 10**5 + 3).tolist() == [1, 1, 1]
+    assert opened.tensor("bias").tolist() == 512 * [2]
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_expanded_tensors_beyond_what_the_file_holds_are_refused_by_name(tmp_path: Path, form: str):
+    base = torch.zeros(1)
+    for content in (
+        {"a": torch.ones(3), "wide": base.expand(10**5, 2 * 10**4)},
+        {f"part{number}": base.expand(100_000) for number in range(20)} | {"wide": base.expand(100_001)},
+    ):
+        store(content, tmp_path / "model", form)
+        with pytest.raises(InputError, match=r"model: tensor 'wide' says it has .* but the whole file has"):
+            open_checkpoint(tmp_path / "model")
 
 
 def test_torch_zip_files_are_not_read_before_they_are_asked_for(tmp_path: Path):
@@ -415,16 +491,28 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path):
         opened.read("layer.2.weight")
 
 
+def packed_again(source: Path, target: Path, compression: int, **changed: bytes) -> None:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for name in sorted(old.namelist(), reverse=True):
+            new.writestr(name, changed.get(name.rpartition("/")[2].replace(".", "_"), old.read(name)))
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_torch_file_that_was_packed_again(tmp_path: Path, compression: int):
     torch.save(weights(), tmp_path / "saved.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "saved.pt") as source,
-        zipfile.ZipFile(tmp_path / "model.pt", "w", compression) as target,
-    ):
-        for name in sorted(source.namelist(), reverse=True):
-            target.writestr(name, source.read(name))
+    packed_again(tmp_path / "saved.pt", tmp_path / "model.pt", compression)
     assert_same(load_state_dict(tmp_path / "model.pt"), weights())
+
+
+def test_what_is_read_only_when_it_is_asked_for(tmp_path: Path):
+    lazy = {}
+    for form in ("safetensors", "zip", "legacy"):
+        store(weights(), tmp_path / form, form)
+        lazy[form] = open_checkpoint(tmp_path / form).is_lazy
+    packed_again(tmp_path / "zip", tmp_path / "packed", zipfile.ZIP_DEFLATED)
+    lazy["packed"] = open_checkpoint(tmp_path / "packed").is_lazy
+    assert lazy == {"safetensors": True, "zip": True, "legacy": False, "packed": False}
+    assert not LoadedCheckpoint("here", weights()).is_lazy
 
 
 # --- Several shards
@@ -656,3 +744,80 @@ def test_a_file_that_puts_itself_into_the_message_is_refused_shortly(tmp_path: P
     with pytest.raises(InputError) as error:
         open_checkpoint(tmp_path / "long.pt")
     assert len(str(error.value)) < 1000
+
+
+# --- Files that take more memory than they have bytes
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"0": bytes(70_000_000)}, r"says it unpacks to 70,00\d,\d+, more than 200 times as many"),
+        ({"data_pkl": b"}" * 5_000_000}, r"its data\.pkl has [\d,]+ bytes and says it unpacks to 5,000,000"),
+        ({"byteorder": b"little" * 1000}, r"its saved/byteorder has 6,000 bytes where torch writes a word"),
+        ({"version": b"3" * 6000}, r"its saved/version has 6,000 bytes where torch writes a word"),
+    ],
+)
+def test_compressed_bombs_are_refused_before_they_are_unpacked(tmp_path: Path, changed: dict, message: str):
+    torch.save(weights(), tmp_path / "saved.pt")
+    packed_again(tmp_path / "saved.pt", tmp_path / "model.pt", zipfile.ZIP_DEFLATED, **changed)
+    with pytest.raises(InputError, match=rf"model\.pt: .*{message}"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
+def test_sparse_weights_that_were_compressed_are_no_bomb(tmp_path: Path):
+    pruned = {"weight": torch.zeros(1000, 1000)}
+    torch.save(pruned, tmp_path / "saved.pt")
+    packed_again(tmp_path / "saved.pt", tmp_path / "model.pt", zipfile.ZIP_DEFLATED)
+    assert_same(load_state_dict(tmp_path / "model.pt"), pruned)
+
+
+def called(form: str, function: bytes, *arguments: bytes) -> bytes:
+    """A file that holds ``{"a": function(*arguments), "b": 1}``."""
+    content = (
+        b"\x80\x02}(X\x01\x00\x00\x00ac" + function + b"\n" + b"(" + b"".join(arguments) + b"tRX\x01\0\0\0bK\x01u."
+    )
+    if form == "zip":
+        return zip_archive(**{"archive/data.pkl": content, "archive/byteorder": b"little", "archive/version": b"3\n"})
+    start = io.BytesIO()
+    torch.save({}, start, _use_new_zipfile_serialization=False)
+    content_of_nothing = b"\x80\x02}q\x00."
+    return start.getvalue().replace(content_of_nothing, content, 1)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_calls_that_fill_the_memory_are_refused_and_not_made(tmp_path: Path, form: str):
+    path = tmp_path / "model.pt"
+    path.write_bytes(called(form, b"builtins\nbytearray", b"J\x00\x00\x00\x60"))
+    with pytest.raises(InputError, match=r"model\.pt: holds a bytearray, which may be of any size"):
+        open_checkpoint(path)
+    path.write_bytes(called(form, b"__builtin__\nbytearray", b"J\x00\x00\x00\x60"))
+    with pytest.raises(InputError, match=r"model\.pt: holds a bytearray, which may be of any size"):
+        open_checkpoint(path)
+    text, codec = b"X\x01\x00\x00\x00a", b"X\x03\x00\x00\x00Hex"
+    path.write_bytes(called(form, b"_codecs\nencode", text, codec))
+    with pytest.raises(InputError, match=r"model\.pt: asks for bytes to be written as Hex"):
+        open_checkpoint(path)
+
+
+def test_words_like_those_calls_are_no_reason_to_refuse(tmp_path: Path):
+    beside = {"notes": "a\nbytearray\nb\nencode\n", "best": np.float64(0.5), "digest": "hexadecimal"}
+    for zip_format in (True, False):
+        torch.save({"net": weights(), **beside}, tmp_path / "model.pt", _use_new_zipfile_serialization=zip_format)
+        assert_same(load_state_dict(tmp_path / "model.pt"), weights())
+
+
+def test_a_name_in_two_pieces_of_the_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "_CHUNK", 7)
+    (tmp_path / "model.pt").write_bytes(called("legacy", b"builtins\nbytearray", b"J\x00\x00\x00\x60"))
+    with pytest.raises(InputError, match="holds a bytearray"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
+def test_attributes_of_a_tensor_do_not_take_the_place_of_its_methods(tmp_path: Path):
+    odd = torch.ones(3)
+    for name in ("detach", "numel", "dim", "reshape"):
+        setattr(odd, name, "mine")
+    for zip_format in (True, False):
+        torch.save({"a.weight": odd, "b.weight": odd}, tmp_path / "model", _use_new_zipfile_serialization=zip_format)
+        assert load_state_dict(tmp_path / "model")["b.weight"].tolist() == [1, 1, 1]
