@@ -322,6 +322,102 @@ def test_permutations_that_the_proof_refutes_are_dropped(monkeypatch):
     assert symmetry.sizes == {"second": 6} and "first.weight" not in symmetry.axes
 
 
+class Unlike(nn.Module):
+    """Units that a wrong rule calls alike, without biases."""
+
+    def __init__(self, inputs=3):
+        super().__init__()
+        self.first, self.last = nn.Linear(inputs, 6, bias=False), nn.Linear(6, 2, bias=False)
+
+    def forward(self, x):
+        return self.last(torch.cumsum(self.first(x), -1))
+
+
+def test_the_proof_does_not_depend_on_the_values_of_the_example(monkeypatch):
+    """With zeros and no biases every permutation would seem to keep the function."""
+    from sane_ray.tokens.tracing import rules
+
+    monkeypatch.setitem(rules.RULES, "cumsum", rules.RULES["dropout"])
+    for example in (torch.zeros(2, 3), torch.randn(2, 3), torch.full((2, 3), float("nan"))):
+        assert trace_symmetry(Unlike(), example).is_trivial
+
+
+def test_integers_are_shuffled_unless_the_module_needs_them_as_they_are():
+    class Offsets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.last = nn.Embedding(9, 6), nn.Linear(6, 2)
+
+        def forward(self, offsets):
+            if not torch.compiler.is_compiling() and offsets.tolist() != sorted(offsets.tolist()):
+                raise ValueError("offsets must grow")
+            return self.last(self.words(offsets))
+
+    assert trace_symmetry(Offsets(), torch.tensor([0, 1, 3, 4, 6, 7])).sizes == {"words.weight:1": 6}
+    words = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    assert len(trace_symmetry(words, torch.tensor([[1, 2, 4]])).sizes) == 2
+    assert len(trace_symmetry(words, torch.zeros(1, 1, dtype=torch.long)).sizes) == 2  # nothing to shuffle
+
+
+def test_functions_of_positive_numbers_alone_are_proved_on_positive_inputs():
+    class Positive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.last(self.first(x.log()).relu())
+
+    symmetry = trace_symmetry(Positive(), torch.rand(2, 3))
+    assert symmetry.sizes == {"first": 5} and symmetry.origin == "traced and proved"
+
+
+def test_a_module_whose_outputs_do_not_depend_on_its_inputs_is_refused():
+    class Dead(nn.Module):
+        """No unit is ever active, so that no permutation could be refuted."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
+            nn.init.constant_(self.first.bias, -1e6)
+            self.first.bias.data[0] -= 1
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    class Square(nn.Module):
+        """Takes words whose embeddings it subtracts from each other: equal words give zeros."""
+
+        def __init__(self):
+            super().__init__()
+            self.words, self.last = nn.Embedding(5, 4), nn.Linear(4, 2, bias=False)
+
+        def forward(self, words):
+            x = self.words(words)
+            return self.last(x[:, 1:] - x[:, :-1])
+
+    with pytest.raises(InputError, match="outputs of Dead are the same for all inputs"):
+        trace_symmetry(Dead(), torch.randn(2, 3))
+    with pytest.raises(InputError, match="outputs of Square are the same for all inputs"):
+        trace_symmetry(Square(), torch.zeros(1, 3, dtype=torch.long))
+    assert trace_symmetry(Square(), torch.tensor([[0, 2, 1]])).sizes == {"words.weight:1": 4}
+
+
+def test_a_module_that_runs_on_no_random_input_is_refused():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            if not torch.compiler.is_compiling() and float(x.detach().abs().max()) < 5:
+                raise ValueError("too small")
+            return self.last(self.first(x))
+
+    with pytest.raises(InputError, match=r"Picky does not run on random inputs .*: too small"):
+        trace_symmetry(Picky(), torch.full((2, 3), 10.0))
+
+
 def test_inputs_may_be_given_by_name():
     class Named(nn.Module):
         def __init__(self):

@@ -8,6 +8,7 @@ permutations that change its outputs are dropped. The module itself is never cha
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from sane_ray.tokens.tracing.space import Dim, Space, fixed
 TOLERANCE = 1e-5
 """Largest change of an output, relative to the largest output, that counts as the same function in float64."""
 
+_DRAWS = ("normal", "uniform", "normal")
+"""Distributions of the inputs of the proof; uniform ones, in [0, 1), serve functions of positive numbers too."""
+
 
 def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]) -> Symmetry:
     """The permutations of a module's inner units that leave its function in eval mode as it is.
@@ -34,18 +38,21 @@ def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any] | M
     Inputs and outputs of the module stay in place. Attention heads move as blocks where the module cuts them out by a
     view or split of a projection, and so do groups of channels. Operations that are not known hold what they touch in
     place. In the end random permutations are applied and the outputs compared in float64 (relative 1e-5); permutations
-    that do not pass are dropped.
+    that do not pass are dropped. The outputs are those of random inputs, not of the given ones, which may be zeros.
 
     Args:
         module: Any module that ``torch.export`` can trace; it stays as it is. A symmetry fits the sizes of the module
             that was traced, and needs its memory twice in float64.
-        example_inputs: Its positional arguments, or the one tensor that it takes, or its arguments by name.
+        example_inputs: Its positional arguments, or the one tensor that it takes, or its arguments by name. Shapes and
+            types count, and the values of tensors that are not floating-point: in the proof these are shuffled, where
+            the module allows it.
 
     Returns:
         A symmetry over the keys of ``module.state_dict()``.
 
     Raises:
-        InputError: The module does not run on the inputs in float64, or cannot be traced.
+        InputError: The module does not run on the inputs or on random ones in float64, cannot be traced, or gives the
+            same outputs for all inputs, which would prove nothing.
     """
     if isinstance(example_inputs, Mapping):
         example = _Example((), dict(example_inputs))
@@ -65,7 +72,8 @@ def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any] | M
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
-    return _verified(double, example, _symmetry_of_graph(program, _aliases(module)))
+    found = _verified(double, example, _symmetry_of_graph(program, _aliases(module)))
+    return dataclasses.replace(found, origin="" if found.is_trivial else "traced and proved")
 
 
 @dataclass(frozen=True)
@@ -256,10 +264,18 @@ def _pin(space: Space, value: Any) -> None:
 
 def _verified(module: nn.Module, example: _Example, symmetry: Symmetry) -> Symmetry:
     """The permutations that leave the outputs as they are; ``module`` is a copy that may be changed."""
+    if symmetry.is_trivial:
+        return symmetry
     rng = np.random.default_rng(0)
-    _make_channels_differ(module, example, rng)
+    draws = _random_inputs(module, example, rng)
+    _make_channels_differ(module, draws, rng)
     weights = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-    expected = _outputs(module, example)
+    expected = [_outputs(module, draw) for draw in draws]
+    if _say_nothing(draws, expected):
+        raise InputError(
+            f"the outputs of {type(module).__name__} are the same for all inputs that were tried, so its symmetry "
+            "cannot be proved: trace it with trained weights, and with example inputs whose integers differ"
+        )
 
     def keeps_function(names: Iterable[str]) -> bool:
         chosen = set(names)
@@ -267,15 +283,78 @@ def _verified(module: nn.Module, example: _Example, symmetry: Symmetry) -> Symme
             name: rng.permutation(size) if name in chosen else np.arange(size) for name, size in symmetry.sizes.items()
         }
         module.load_state_dict(permute(weights, symmetry, permutations), strict=False)
-        return all(map(_equal, expected, _outputs(module, example)))
+        return all(
+            all(map(_equal, outputs, _outputs(module, draw))) for outputs, draw in zip(expected, draws, strict=True)
+        )
 
     names = list(symmetry.sizes)
-    if not names or all(keeps_function(names) for _ in range(2)):
+    if all(keeps_function(names) for _ in range(2)):
         return symmetry
     names = [name for name in names if keeps_function([name]) and keeps_function([name])]
     if names and all(keeps_function(names) for _ in range(2)):
         return _without(symmetry, symmetry.sizes.keys() - set(names))
     return Symmetry({}, {})
+
+
+def _random_inputs(module: nn.Module, example: _Example, rng: np.random.Generator) -> list[_Example]:
+    """Inputs for the proof, with the shapes and types of the example, on which the module runs."""
+    draws, reason = [], ""
+    for distribution in _DRAWS:
+        usable = []
+        for shuffled in (True, False):  # some integers, such as lengths and offsets, must stay in order
+            draw = _random_input(example, distribution, shuffled, rng)
+            try:
+                finite = _are_finite(module, draw)
+            except Exception as error:  # whatever the module's own code raises
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                continue
+            usable.append(draw)
+            if finite:
+                break
+        draws += usable[-1:]
+    if not draws:
+        raise InputError(
+            f"{type(module).__name__} does not run on random inputs of the shapes of the example: {reason}; its "
+            "symmetry cannot be proved, write it by hand"
+        )
+    return draws
+
+
+def _random_input(example: _Example, distribution: str, shuffled: bool, rng: np.random.Generator) -> _Example:
+    """The example with random floating-point values, and with its other values shuffled if they shall be."""
+
+    def draw(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_floating_point():
+            drawn = rng.normal(size=value.shape) if distribution == "normal" else rng.random(value.shape)
+            return torch.as_tensor(drawn, dtype=value.dtype)
+        order = torch.from_numpy(rng.permutation(value.numel()))
+        return value.flatten()[order].view(value.shape) if shuffled else value
+
+    args, kwargs = pytree.tree_map(draw, (example.args, example.kwargs))
+    return _Example(args, kwargs)
+
+
+def _say_nothing(draws: list[_Example], outputs: list[list[Tensor]]) -> bool:
+    """Whether no output depends on what differs between the inputs; if nothing does, whether all values are equal."""
+    given = [[v for v in pytree.tree_leaves((draw.args, draw.kwargs)) if isinstance(v, Tensor)] for draw in draws]
+    if any(not _same(given[0], others) for others in given[1:]):
+        return all(_same(outputs[0], others) for others in outputs[1:])
+    return all(_is_constant(output) for output in outputs[0])
+
+
+def _is_constant(output: Tensor) -> bool:
+    values = output.flatten()
+    return bool((values == (values[0] if len(values) > 1 else 0)).all() or values.isnan().all())
+
+
+def _same(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether values are equal, holes included."""
+    return all(
+        a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 def _without(symmetry: Symmetry, dropped: Iterable[str]) -> Symmetry:
@@ -294,8 +373,9 @@ def _without(symmetry: Symmetry, dropped: Iterable[str]) -> Symmetry:
 
 
 @torch.no_grad()
-def _make_channels_differ(module: nn.Module, example: _Example, rng: np.random.Generator) -> None:
+def _make_channels_differ(module: nn.Module, draws: list[_Example], rng: np.random.Generator) -> None:
     """Fresh batch norms and scales are alike in all channels, and a wrong permutation of them would not be seen."""
+    finite = [_are_finite(module, draw) for draw in draws]
     before = copy.deepcopy(module.state_dict())
     for value in module.state_dict(keep_vars=True).values():
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() < 2:
@@ -304,8 +384,12 @@ def _make_channels_differ(module: nn.Module, example: _Example, rng: np.random.G
         if bool((value == first).all()):
             noise = rng.normal(0, 0.3, value.shape) if first == 0 else rng.uniform(0.5, 1.5, value.shape)
             value.copy_(torch.from_numpy(noise))
-    if not all(bool(output.isfinite().all()) for output in _outputs(module, example)):
+    if any(was and not _are_finite(module, draw) for was, draw in zip(finite, draws, strict=True)):
         module.load_state_dict(before)
+
+
+def _are_finite(module: nn.Module, example: _Example) -> bool:
+    return all(bool(output.isfinite().all()) for output in _outputs(module, example))
 
 
 @torch.no_grad()
