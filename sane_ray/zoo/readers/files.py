@@ -1,6 +1,17 @@
 """Loose checkpoint files: one file, or all of a folder with the suffixes that people give them.
 
-A file is a model, but for files of one folder whose names differ only in the epoch: those are one model's checkpoints.
+A file is a model, but for files whose paths differ only in what tells the checkpoints of one run apart. Names decide,
+and what may be one run is one model, so that no split tears it apart:
+
+- an epoch: a number after a word such as epoch, step or checkpoint, in the name of the file or of a folder around it
+  (``run/epoch_3.pt``, ``run/step-500/model.pt``);
+- ``best``, ``last``, ``latest`` and ``final``, in the same places; their epoch is the largest that is known of the run;
+- where there is one of these: a bare number (``run/20.pt``), and a name without any of it (``run/model.pt`` beside
+  ``run/model_best.pt``, where ``model``, ``checkpoint`` and ``weights`` mean no more than the folder does).
+
+So ``run3/{best,last,10,20}.pt`` is one model, ``zoo/{10,20}.pt`` two, and ``resnet_best.pt`` is none with
+``vgg_best.pt``, nor are files of two suffixes.
+
 Passes over hidden files and folders, and over what trainers save beside the weights (``optimizer.pt``), by name. Never
 opens a file to find out what it is: one that is no checkpoint is named when it is opened.
 """
@@ -11,8 +22,9 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from sane_ray.errors import InputError
@@ -36,8 +48,17 @@ _NO_WEIGHTS = re.compile(
 """Names, without suffix, of what trainers save beside the weights."""
 
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
-_NUMBER = re.compile(r"(?<![a-z])(epochs?|ep|e(?=[_=-])|steps?|iter|checkpoint|ckpt)[_=-]?(\d{1,15})(?![\d.])", re.I)
+_NUMBER = re.compile(
+    r"(?<![a-z])(epochs?|ep|(?<![\d.])e(?=[_=-])|(?:global_?)?steps?|iter|checkpoint|ckpt)[_=-]?(\d{1,15})(?![\d.])",
+    re.I,
+)
 _EPOCH_WORDS = ("epoch", "epochs", "ep", "e")
+_WORD = re.compile(r"(?<![a-z])(best|last|latest|final)(?![a-z])", re.I)
+_AGAIN = re.compile(r"(^|[_.-])v\d+$")
+"""What a trainer adds to the name of a checkpoint that is there already."""
+_BARE = re.compile(r"\d{1,15}")
+_PLAIN = frozenset(("", "model", "checkpoint", "ckpt", "weights", "state_dict", "params"))
+"""Names that say no more of a network than that it is one."""
 _METRIC = re.compile(r"(?<![a-z])((?:(?:train|val|test)[_-])?(?:acc|accuracy|loss))[_=-](\d+\.\d+)(?!\d)", re.I)
 """``epoch=3-val_loss=0.25``: what the checkpoints of one model differ in."""
 
@@ -67,6 +88,8 @@ class _Place:
     epoch: int = 0
     properties: dict[str, Value] = field(default_factory=dict)
     refused: str = ""
+    note: str = ""
+    """What tells it from another checkpoint of this epoch."""
 
 
 def discover(root: Path) -> list[Record]:
@@ -75,13 +98,21 @@ def discover(root: Path) -> list[Record]:
     The name of a model is its file's path inside the root without suffix, or with it where two would have the same.
     Links are followed; a link to a file that is listed anyway is not.
     """
+    base = root if root.is_dir() else root.parent
     by_folder: dict[PurePosixPath, list[_File]] = defaultdict(list)
     for path in _paths(root):
         match = _SUFFIX.search(path.name)
         suffix = match[0] if match else ""
-        folder = PurePosixPath(path.parent.relative_to(root if root.is_dir() else root.parent).as_posix())
+        folder = PurePosixPath(path.parent.relative_to(base).as_posix())
         by_folder[folder].append(_File(path, folder, path.name.removesuffix(suffix), suffix))
-    places = [pair for files in by_folder.values() for pair in _places(files)]
+    places: list[tuple[_File, _Place]] = []
+    others: list[_File] = []
+    for group in by_folder.values():
+        certain = list(_certain_places(group))
+        places += certain
+        others += [] if certain and not certain[0][1].refused else [file for file in group if not _is_shard(file)]
+    for run in _runs(others):
+        places += _places_of_run(run)
     names = _names([place for _, place in places], root)
     records = [_record(file, place, names[place.long, place.short]) for file, place in places]
     return sorted(records, key=lambda record: (record.model, record.epoch))
@@ -122,58 +153,186 @@ def _paths(root: Path) -> list[Path]:
     return [Path(path) for path in sorted(targets.values() if links else files)]
 
 
-def _places(files: list[_File]) -> Iterator[tuple[_File, _Place]]:
-    """Models and epochs of the files of one folder."""
+def _certain_places(files: list[_File]) -> Iterator[tuple[_File, _Place]]:
+    """Of the files of one folder the shards; or all of it, if it is a Small Transformer Zoo."""
     shards: dict[tuple[str, str, str], list[_File]] = defaultdict(list)
-    others = []
     for file in files:
         match = _SHARD.fullmatch(file.stem)
-        if match and int(match[2]) > 1:
+        if match and _is_shard(file):
             shards[match[1], match[2], file.suffix].append(file)
-        else:
-            others.append(file)
     for (stem, total, suffix), members in shards.items():
         long = members[0].folder / f"{stem}-of-{total}{suffix}"
         refused = f"one of {int(total)} shards of one model ({len(members)} of them are here)"
         yield members[0], _Place(members[0].folder / stem, long, refused=refused)
-    runs = [_TRANSFORMER_ZOO.fullmatch(file.stem) for file in others]
+    runs = [_TRANSFORMER_ZOO.fullmatch(file.stem) for file in files]
     if len(runs) > 1 and all(runs):
-        for file, run in zip(others, runs, strict=True):
+        for file, run in zip(files, runs, strict=True):
             assert run is not None
             model = file.folder / run[1]
             yield file, _Place(model, model, int(run[2]), {"acc": float(run[3])})
-    else:
-        yield from _epochs(others)
 
 
-def _epochs(files: list[_File]) -> Iterator[tuple[_File, _Place]]:
-    """Files whose names differ only in epoch, step and metrics are one model's; the others a model each."""
-    groups: dict[str, list[_File]] = defaultdict(list)
+def _is_shard(file: _File) -> bool:
+    match = _SHARD.fullmatch(file.stem)
+    return match is not None and int(match[2]) > 1
+
+
+@dataclass(frozen=True)
+class _Name:
+    """What one part of a path says."""
+
+    numbers: tuple[tuple[str, int], ...]
+    """Words for an epoch, and what stands after them."""
+    words: tuple[str, ...]
+    """best, last, ..."""
+    rest: str
+    """What is left of it; empty if that says nothing of a network."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether it may tell checkpoints of one run apart."""
+        return bool(self.numbers or self.words)
+
+
+@lru_cache(maxsize=1 << 16)
+def _name(text: str) -> _Name:
+    text = _METRIC.sub("", text)
+    numbers = tuple((word.lower(), int(number)) for word, number in _NUMBER.findall(text))
+    text = _NUMBER.sub("", text)
+    words = tuple(word.lower() for word in _WORD.findall(text))
+    rest = _joined(_WORD.sub("", text))
+    if numbers or words:
+        rest = _AGAIN.sub("", rest)
+    return _Name(numbers, words, "" if rest.lower() in _PLAIN else rest)
+
+
+def _joined(text: str) -> str:
+    """The text where nothing stands any more between some separators."""
+    return re.sub(r"([_=. -])[_=. -]+", r"\1", text).strip("_=. -")
+
+
+def _names_in(file: _File, literal: int) -> list[_Name]:
+    """Parts of the path that may tell checkpoints apart, but for the first folders."""
+    return [name for part in (*file.folder.parts[literal:], file.stem) if (name := _name(part)).differs]
+
+
+def _runs(files: list[_File], literal: int = 0) -> Iterator[list[_File]]:
+    """The files of each model, where the names of the first ``literal`` folders are no epochs."""
+    runs: dict[tuple[str, ...], list[_File]] = defaultdict(list)
+    others = []
     for file in files:
-        groups[_NUMBER.sub(r"\1#", _METRIC.sub(r"\1#", file.stem)) + file.suffix].append(file)
-    for pattern, members in groups.items():
-        epochs = _distinct_numbers(members) if len(members) > 1 else None
-        for index, file in enumerate(members):
-            named: dict[str, Value] = {
-                name.lower().replace("-", "_"): float(value) for name, value in _METRIC.findall(file.stem)
-            }
-            if epochs is None:
-                short, long = file.folder / file.stem, file.folder / f"{file.stem}{file.suffix}"
-                yield file, _Place(short, long, 0, _label(file) | named)
-            else:
-                name = re.sub(r"([_=. -])[_=. -]+", r"\1", _NUMBER.sub("", _METRIC.sub("", file.stem))).strip("_=. -")
-                yield file, _Place(file.folder / name, file.folder / pattern, epochs[index], _label(file) | named)
+        if _names_in(file, literal):
+            runs[_key(file, literal)].append(file)
+        else:
+            others.append(file)
+    beside = {place for members in runs.values() for file in members for place in _varying(file)}
+    for file in others:
+        keys = [_key(file, literal)]
+        if any(place in beside for place in _varying(file, bare=True)):
+            keys.append(_key(file, literal, bare=True))
+        runs[next((key for key in keys if key in runs), (str(file.path),))].append(file)
+    for members in runs.values():
+        outer = _outer_number(members, literal)
+        if outer is None:
+            yield members
+        else:
+            yield from _runs(members, outer + 1)
 
 
-def _distinct_numbers(files: list[_File]) -> list[int] | None:
-    """The epoch of each file: the number after an epoch's word, or else after another; None if it tells none apart."""
-    found = [_NUMBER.findall(file.stem) for file in files]
-    columns = list(zip(*found, strict=True))
-    for column in sorted(columns, key=lambda column: column[0][0].lower() not in _EPOCH_WORDS):
-        numbers = [int(number) for _, number in column]
-        if len(set(numbers)) == len(numbers):
-            return numbers
+def _varying(file: _File, bare: bool = False) -> Iterator[tuple[PurePosixPath, int]]:
+    """The places in the tree where this file's name, or its folder's, may tell checkpoints apart."""
+    for depth, path in enumerate((file.folder / file.stem, file.folder)):
+        if _BARE.fullmatch(path.name) if bare else _name(path.name).differs:
+            yield path.parent, depth
+
+
+def _key(file: _File, literal: int, bare: bool = False) -> tuple[str, ...]:
+    """What the paths of one model's files have in common; as it would be if a bare number were an epoch."""
+    folders = [*file.folder.parts[:literal]]
+    for part in file.folder.parts[literal:]:
+        name = _name(part)
+        folders.append(name.rest if name.differs else part)
+    stem = _name(file.stem).rest
+    if bare and _BARE.fullmatch(file.stem):
+        stem = ""
+    elif bare and len(folders) > literal and _BARE.fullmatch(folders[-1]):
+        folders.pop()
+    return (*(folder for folder in folders if folder), f"/{stem}", file.suffix.lower())
+
+
+def _outer_number(files: list[_File], literal: int) -> int | None:
+    """The folder whose number is rather a run's: of ``step1/epoch_1`` and ``step2/epoch_1``, none tells all apart."""
+    rows = [_numbers(file, literal) for file in files]
+    numbered = [row for row in rows if len(row) > 1]
+    first = next((i for i, part in enumerate(files[0].folder.parts) if i >= literal and _name(part).numbers), None)
+    if first is None or not numbered or _column(numbered) is not None or len(set(numbered)) < len(numbered):
+        return None
+    return None if _name(files[0].folder.parts[first]).numbers[0][0] in _EPOCH_WORDS else first
+
+
+def _numbers(file: _File, literal: int = 0) -> tuple[tuple[str, int], ...]:
+    return tuple(number for name in _names_in(file, literal) for number in name.numbers)
+
+
+def _column(rows: Sequence[tuple[tuple[str, int], ...]]) -> int | None:
+    """Which of the numbers is another one in every row, those after a word for an epoch first."""
+    if len({tuple(word for word, _ in row) for row in rows}) != 1:
+        return None
+    for column in sorted(range(len(rows[0])), key=lambda column: rows[0][column][0] not in _EPOCH_WORDS):
+        if len({row[column] for row in rows}) == len(rows):
+            return column
     return None
+
+
+def _places_of_run(files: list[_File]) -> Iterator[tuple[_File, _Place]]:
+    """The places of a model's files, in order of what is known of their epochs."""
+    if len(files) == 1:
+        (file,) = files
+        short, long = file.folder / file.stem, file.folder / f"{file.stem}{file.suffix}"
+        yield file, _Place(short, long, 0, _label(file) | _metrics(file))
+        return
+    above = len(PurePosixPath(os.path.commonpath([f"/{file.folder}" for file in files])).parts) - 1
+    words = {file: tuple(word for name in _names_in(file, above) for word in name.words) for file in files}
+    if len(set(words.values())) == 1:  # then they tell nothing apart
+        words = dict.fromkeys(files, ())
+        stem = _joined(_NUMBER.sub("", _METRIC.sub("", files[0].stem)))
+        stem = "" if stem.lower() in _PLAIN else stem
+    else:
+        stem = _name(files[0].stem).rest
+    epochs = _epochs(files, above)
+    below = [_name(part).rest if _name(part).differs else part for part in files[0].folder.parts[above:]]
+    below = [part for part in below if not _BARE.fullmatch(part)]
+    short = PurePosixPath(*files[0].folder.parts[:above], *below, "" if _BARE.fullmatch(stem) else stem)
+    pattern = _NUMBER.sub(r"\1#", _METRIC.sub(r"\1#", files[0].stem))
+    long = files[0].folder / f"{pattern}{files[0].suffix}"
+    last = max(epochs.values(), default=0)
+    taken: set[tuple[int, str]] = set()
+    for file in sorted(files, key=lambda file: (bool(words[file]), file not in epochs, file.folder, file.stem)):
+        epoch = epochs.get(file, last)
+        path = PurePosixPath(*file.folder.parts[above:], file.stem).as_posix()
+        notes = [*([words[file][0]] if words[file] else [""]), path]
+        note = next(note for note in (*notes, f"./{path}") if (epoch, note) not in taken)
+        taken.add((epoch, note))
+        yield file, _Place(short, long, epoch, _label(file) | _metrics(file), note=note)
+
+
+def _epochs(files: list[_File], above: int) -> dict[_File, int]:
+    """The epoch of each file that says one."""
+    rows = {file: row for file in files if (row := _numbers(file, above))}
+    column = _column(list(rows.values())) if rows else None
+    epochs: dict[_File, int] = {}
+    for file, row in rows.items():
+        by_word = [number for word, number in row if word in _EPOCH_WORDS]
+        epochs[file] = row[column][1] if column is not None else (by_word or [row[-1][1]])[0]
+    for file in files:
+        part = next((part for part in (file.stem, *reversed(file.folder.parts[above:])) if _BARE.fullmatch(part)), None)
+        if file not in epochs and part is not None and not _name(file.stem).differs:
+            epochs[file] = int(part)
+    return epochs
+
+
+def _metrics(file: _File) -> dict[str, Value]:
+    return {name.lower().replace("-", "_"): float(value) for name, value in _METRIC.findall(file.stem)}
 
 
 def _label(file: _File) -> dict[str, Value]:
@@ -201,7 +360,7 @@ def _names(places: list[_Place], root: Path) -> dict[tuple[PurePosixPath, PurePo
 
 def _record(file: _File, place: _Place, model: str) -> Record:
     return Record(
-        id=f"{model}/{place.epoch}",
+        id=f"{model}/{place.epoch} ({place.note})" if place.note else f"{model}/{place.epoch}",
         model=model,
         epoch=place.epoch,
         path=str(file.path.absolute()),

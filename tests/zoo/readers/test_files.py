@@ -1,7 +1,10 @@
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sane_ray.errors import InputError
@@ -42,9 +45,10 @@ def test_one_name_for_one_model(tmp_path: Path):
     touch(tmp_path, "a.pt", "a.safetensors", "a.pt.bin", "b.pt", "c/epoch_1.pt", "c/epoch_2.pt", "c.pt")
     touch(tmp_path, "d_epoch_1.pt", "d_epoch_2.pt", "d_step_1.pt", "d_step_2.pt", "d.pt")
     names = {model for model, _ in found(tmp_path)}
-    assert {"a.pt", "a.safetensors", "b", "c.pt", "c/epoch#.pt", "d_epoch#.pt", "d_step#.pt", "d.pt"} <= names
+    assert names == {"a.pt", "a.safetensors", "a.pt~", "b", "c.pt", "c/epoch#.pt", "d"}
     ids = [record.id for record in files.discover(tmp_path)]
-    assert len(set(ids)) == len(ids) == 12 and len(names) == 9
+    assert len(set(ids)) == len(ids) == 12
+    assert {"d/1", "d/1 (d_step_1)", "d/2", "d/2 (d_step_2)", "d/2 (d)"} <= set(ids)
 
 
 def test_what_trainers_save_beside_the_weights_is_passed_over(tmp_path: Path):
@@ -82,14 +86,71 @@ def test_files_that_differ_in_the_epoch_alone_are_one_model(tmp_path: Path, name
         ["recipe_1.pt", "recipe_2.pt"],
         ["resnet_epoch_5.pt", "vgg_epoch_6.pt"],
         ["x/epoch_5.pt", "y/epoch_6.pt"],
-        ["epoch_1.pt", "epoch_01.pt"],
+        ["lr_1e-3.pt", "lr_1e-4.pt"],
+        ["0.pt", "1.pt", "2.pt"],
+        ["0/model.pt", "1/model.pt", "best.pt"],
+        ["0.pt", "1.pt", "run/best/model.pt"],
+        ["resnet_best.pt", "vgg_best.pt", "vgg.bin"],
+        ["seed_1/best.pt", "seed_2/best.pt"],
+        ["model.pt", "checkpoint.pt"],
+        ["net_acc_0.5.pt", "net_acc_0.7.pt"],
         ["timestep_1.pt", "timestep_2.pt"],
         ["epoch_10.pt"],
     ],
 )
 def test_other_names_are_a_model_each(tmp_path: Path, names: list[str]):
     touch(tmp_path, *names)
-    assert found(tmp_path) == sorted((name.removesuffix(".pt"), 0) for name in names)
+    assert found(tmp_path) == sorted((name.rpartition(".")[0], 0) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (["r/epoch_1/model.pt", "r/epoch_2/model.pt"], ["r/1", "r/2"]),
+        (["r/step-500/model.pt", "r/step-1000/model.pt"], ["r/500", "r/1000"]),
+        (["r/checkpoint-500/a.bin", "r/checkpoint-1000/a.bin"], ["r/a/500", "r/a/1000"]),
+        (["r/checkpoint_0003/m.pt", "r/checkpoint_0004/m.pt"], ["r/m/3", "r/m/4"]),
+        (["r/global_step5/w/model.pt", "r/global_step6/w/model.pt"], ["r/w/5", "r/w/6"]),
+        (["r/epoch_1/model_epoch_1.pt", "r/epoch_2/model_epoch_2.pt"], ["r/1", "r/2"]),
+        (["r/epoch_1/g.pt", "r/epoch_1/d.pt", "r/epoch_2/g.pt", "r/epoch_2/d.pt"], ["r/d/1", "r/d/2", "r/g/1", "r/g/2"]),  # noqa: E501
+        (["r/best.pt", "r/last.pt", "r/10.pt", "r/20.pt"], ["r/10", "r/20", "r/20 (best)", "r/20 (last)"]),
+        (["r/best.pt", "r/final.pt"], ["r/0 (best)", "r/0 (final)"]),
+        (["r/10/model.pt", "r/20/model.pt", "r/best/model.pt"], ["r/10", "r/20", "r/20 (best)"]),
+        (["r/model_best.pth.tar", "r/checkpoint.pth.tar"], ["r/0", "r/0 (best)"]),
+        (["r/model_best.pth.tar", "r/last.pth.tar", "r/checkpoint-7.pth.tar"], ["r/7", "r/7 (best)", "r/7 (last)"]),
+        (["r/net.pt", "r/net_best.pt", "r/net_epoch_4.pt"], ["r/net/4", "r/net/4 (net)", "r/net/4 (best)"]),
+        (["r/epoch_3/model.pt", "r/epoch_3/best.pt", "r/epoch_4/model.pt"], ["r/3", "r/3 (best)", "r/4"]),
+        (["r/best_epoch_3.pt", "r/epoch_3.pt", "r/epoch_4.pt"], ["r/3", "r/3 (best)", "r/4"]),
+        (["r/epoch_1.pt", "r/epoch_01.pt"], ["r/1", "r/1 (epoch_1)"]),
+        (["r/best-1.pt", "r/best-2.pt", "r/best.pt"], ["r/best-1/0", "r/best-2/0", "r/best/0"]),
+        (["r/last.pt", "r/last-v1.pt", "r/epoch=3.pt"], ["r/3", "r/3 (last)", "r/3 (last-v1)"]),
+        (["step1/epoch_1.pt", "step1/epoch_2.pt", "step2/epoch_1.pt", "step2/epoch_2.pt"],
+         ["step1/1", "step1/2", "step2/1", "step2/2"]),
+        (["r/epoch_1/step_1.pt", "r/epoch_1/step_2.pt", "r/epoch_2/step_1.pt"],
+         ["r/1", "r/1 (epoch_1/step_2)", "r/2"]),
+        (["final/a.pt", "final/b.pt"], ["final/a/0", "final/b/0"]),
+        (["final/e_1.pt", "final/e_2.pt"], ["final/1", "final/2"]),
+    ],
+)  # fmt: skip
+def test_checkpoints_of_one_run_are_one_model(tmp_path: Path, names: list[str], ids: list[str]):
+    touch(tmp_path, *names)
+    records = files.discover(tmp_path)
+    assert sorted(record.id for record in records) == sorted(ids)
+    assert sorted(record.path for record in records) == sorted(str(tmp_path / name) for name in names)
+    assert all(record.id.startswith(f"{record.model}/{record.epoch}") for record in records)
+
+
+PARTS = ["epoch_1", "epoch_02", "step-5", "best", "last", "model", "10", "net", "net_best", "run0", "acc_0.5", "#"]
+
+
+@given(paths=st.sets(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/".join), max_size=12))
+def test_whatever_the_names_every_file_is_one_record_with_an_id_of_its_own(paths: set[str]):
+    with tempfile.TemporaryDirectory() as name:
+        touch(Path(name), *(f"{path}.pt" for path in paths))
+        records = files.discover(Path(name))
+    assert sorted(record.path for record in records) == sorted(f"{name}/{path}.pt" for path in paths)
+    assert len({record.id for record in records}) == len(records)
+    assert all(record.epoch >= 0 and record.model for record in records)
 
 
 def test_metrics_in_a_name_are_properties(tmp_path: Path):
