@@ -648,15 +648,13 @@ def _open_zip(path: Path) -> Checkpoint:
 
 
 def _loaded(path: Path) -> LoadedCheckpoint:
-    with _opened(path) as file:
-        return LoadedCheckpoint(path, state_dict_in(load_safely(file, path), path, path.stat().st_size))
+    return LoadedCheckpoint(path, state_dict_in(load_safely(path), path, path.stat().st_size))
 
 
 def _without_values(path: Path) -> Any:
     """What a torch file holds, tensors on the meta device; None where it has a kind of tensor that cannot be there."""
     try:
-        with _opened(path) as file:
-            return load_safely(file, path, device="meta")
+        return load_safely(path, device="meta")
     except InputError:
         return None  # whatever it is, reading it with its values says it
 
@@ -801,22 +799,32 @@ _TOLD = 2000
 
 
 def load_safely(
-    file: IO[bytes], name: str | Path, *, device: str = "cpu", stand_ins: Sequence[Any] = (), packed: int | None = None
+    name: str | Path,
+    file: IO[bytes] | None = None,
+    *,
+    device: str = "cpu",
+    stand_ins: Sequence[Any] = (),
+    packed: int | None = None,
 ) -> Any:
     """What a file that ``torch.save`` wrote holds, without running anything that it asks for.
 
     Every torch file of a zoo is read here, so that what is refused here is refused everywhere.
 
     Args:
-        file: Open at its start, and seekable: of its name, torch might take another format.
-        name: Its name in messages.
+        name: Its path; or, of an open file, what it is called in messages.
+        file: Open, and seekable. None opens ``name``.
         device: ``meta`` leaves the values of its tensors where they are.
         stand_ins: Beside ``STAND_INS``: what takes the place of a class that the file names, each with that name.
         packed: Bytes that it takes on the disk, where it comes compressed out of an archive.
 
     Raises:
-        InputError: It is damaged, asks for code, is encrypted, or would take much more memory than it has bytes.
+        InputError: It is missing, damaged, asks for code, is encrypted, or would take much more memory than it has
+            bytes.
     """
+    if file is None:
+        _recognise(Path(name))
+        with _opened(Path(name)) as opened:  # of its name, torch might take another format
+            return load_safely(name, opened, device=device, stand_ins=stand_ins, packed=packed)
     try:
         _refuse_growth(file, name, packed)
         file.seek(0)

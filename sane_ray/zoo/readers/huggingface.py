@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sane_ray.errors import InputError
 from sane_ray.zoo import checkpoint
-from sane_ray.zoo.checkpoint import Checkpoint, SafetensorsCheckpoint
+from sane_ray.zoo.checkpoint import LONGEST_HEADER, Checkpoint, SafetensorsCheckpoint
 from sane_ray.zoo.model_card import ModelCard, number, read_card
 from sane_ray.zoo.readers import Record, Value
 from sane_ray.zoo.readers.folders import walk
@@ -71,7 +71,6 @@ _STEP = re.compile(r"checkpoint[-_](\d{1,18})")
 _CACHED = re.compile(r"(?:models|datasets|spaces)--(.+)")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LONGEST_SETTING = 4096  # characters; what is longer in a header is no hyperparameter but, say, a thumbnail
-_LONGEST_HEADER = 100_000_000  # bytes, as the format has it
 _LABELS = ("id2label", "label2id")
 
 
@@ -361,7 +360,7 @@ def _header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= _LONGEST_HEADER else None
+            header = json.loads(file.read(length)) if length <= LONGEST_HEADER else None
     except (OSError, ValueError, struct.error, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}

@@ -266,7 +266,7 @@ class Malicious:
 def test_a_file_that_wants_to_run_code_is_refused_and_does_not(tmp_path: Path):
     save(tmp_path / "run/checkpoint_1/checkpoint.pt", 0.5, 1, config=Malicious(tmp_path / "ran"))
     (record,) = cnn_wild_park.discover(tmp_path)
-    with pytest.raises(InputError, match=r"checkpoint\.pt: needs Python code to be read \((posix|nt)\.mkdir\)"):
+    with pytest.raises(InputError, match=r"checkpoint\.pt: needs Python code to be read \(.*(posix|nt)\.mkdir"):
         cnn_wild_park.open_checkpoint(record)
     assert record.properties == {} and not (tmp_path / "ran").exists()
 
@@ -283,10 +283,10 @@ def test_files_without_a_model_are_refused(tmp_path: Path):
         (tmp_path / f"run/checkpoint_{number}").mkdir(parents=True)
         torch.save(content, tmp_path / f"run/checkpoint_{number}/checkpoint.pt")
     for record in cnn_wild_park.discover(tmp_path):
-        with pytest.raises(InputError, match=r"checkpoint\.pt: no weights under the key model"):
+        with pytest.raises(InputError, match=r"checkpoint\.pt: (no tensors in it|holds a list)"):
             cnn_wild_park.open_checkpoint(record)
     (tmp_path / "run/checkpoint_0/checkpoint.pt").write_bytes(b"")
-    with pytest.raises(InputError, match=r"checkpoint\.pt: damaged, or no checkpoint"):
+    with pytest.raises(InputError, match=r"checkpoint\.pt: the checkpoint file is empty"):
         cnn_wild_park.open_checkpoint(cnn_wild_park.discover(tmp_path)[0])
 
 
