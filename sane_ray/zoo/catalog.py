@@ -37,6 +37,7 @@ from sane_ray.zoo.readers import (
     small_cnn_zoo,
     tune,
 )
+from sane_ray.zoo.readers.folders import is_folder, scan
 from sane_ray.zoo.tables import (
     clean_text,
     plain_columns,
@@ -55,6 +56,7 @@ __all__ = [
     "discover",
     "join_properties",
     "open_record",
+    "passed_over",
     "read_catalog",
     "reader_names",
     "unclaimed",
@@ -91,7 +93,14 @@ _EXAMPLES = 5
 _LAST_EPOCH = 2**62
 """Far beyond any training, and a number that every table and every float can hold."""
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_WEIGHTS = re.compile(
+    rf"({'|'.join(map(re.escape, files.SUFFIXES))}|\.np[yz]|\.zip|\.tar(\.\w+)?|\.t[gx]z|\.tbz2)$|^checkpoints$",
+    re.IGNORECASE,
+)
+"""Names of files that some reader may read, perhaps after they are unpacked."""
+
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+_SHARD = re.compile(r"-\d{5}(-of-\d{5}\.)")
 _REQUIRED = ("id", "model", "path", "reader")
 _OPTIONAL = ("epoch", "member", "license", "split", "status")
 _LOOKS_FOR = f"a catalog (Parquet with columns {', '.join(_REQUIRED)})"
@@ -149,29 +158,84 @@ def open_record(record: Record) -> Checkpoint:
 
 
 def unclaimed(source: str | Path, records: Sequence[Record]) -> list[str]:
-    """Files of a source that look like weights, but that none of its records stands for.
+    """Files of a source that look like weights, or archives of them, but that none of its records stands for.
+
+    Files with a name that any reader would look at, archives, and files called ``checkpoints``; but for those of
+    ``passed_over``. Opens no file.
 
     Returns:
-        Their paths relative to the source, in order; empty for a source that is a file. Opens no file.
+        Their paths relative to the source, in order; empty for a source that is a file.
     """
+    return _left_over(source, records)[0]
+
+
+def passed_over(source: str | Path, records: Sequence[Record]) -> list[str]:
+    """Files of a source that by name are an optimiser's, scheduler's or generator's, and lie beside a record's weights.
+
+    Beside: in the same folder, or in one right below it.
+
+    Returns:
+        Their paths relative to the source, in order; empty for a source that is a file.
+    """
+    return _left_over(source, records)[1]
+
+
+def _left_over(source: str | Path, records: Sequence[Record]) -> tuple[list[str], list[str]]:
+    """What ``unclaimed`` and ``passed_over`` tell."""
     root = Path(source).expanduser().absolute()
     if not root.is_dir():
-        return []
-    claimed = {os.path.realpath(path) for path in {record.path for record in records}}
-    indexed = {os.path.dirname(path) for path in claimed if path.endswith(".index.json")}  # noqa: PTH120
-    paths = {record.path: os.path.realpath(record.path) for record in files.discover(root)}
-    return sorted(os.path.relpath(path, root) for path, real in paths.items() if not _claimed(real, claimed, indexed))
+        return [], []
+    claims = _Claims.of(records)
+    unread: dict[str, str] = {}  # by where links lead, so that each file is named once
+    state: dict[str, str] = {}
+    links: list[tuple[str, str, dict[str, str]]] = []
+    for folder, entries in scan(root):
+        at = os.path.realpath(folder)
+        with_weights = at in claims.folders or os.path.dirname(at) in claims.folders  # noqa: PTH120
+        for entry in entries:
+            if entry.name[0] == "." or not _WEIGHTS.search(entry.name) or is_folder(entry):
+                continue
+            found = state if with_weights and files.is_training_state(entry.name) else unread
+            if entry.is_symlink():
+                links.append((os.path.realpath(entry.path), entry.path, found))
+            elif not claims.hold(real := f"{at}{os.sep}{entry.name}"):
+                found[real] = entry.path
+    for real, path, found in links:
+        if not claims.hold(real):
+            found.setdefault(real, path)
+    return (
+        sorted(os.path.relpath(path, root) for path in unread.values()),
+        sorted(os.path.relpath(path, root) for path in state.values()),
+    )
 
 
-def _claimed(path: str, claimed: set[str], indexed: set[str]) -> bool:
-    """Whether a file, or a folder around it, is a record's; or a shard of a model of an indexed folder."""
-    if _SHARD.search(path) and os.path.dirname(path) in indexed:  # noqa: PTH120
+@dataclass(frozen=True)
+class _Claims:
+    """The files that records stand for, by where links lead."""
+
+    paths: set[str]
+    folders: set[str]
+    """Where they lie."""
+    shards: set[str]
+    """Folders of an index, whose shards are all its own; and shards without their numbers."""
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> _Claims:
+        named = {path for record in records for path in (record.path, *record.beside)}
+        paths = {os.path.realpath(path) for path in named}
+        folders = {os.path.realpath(os.path.dirname(path)) for path in named}  # noqa: PTH120
+        indexed = {os.path.dirname(path) for path in paths if _INDEX.search(path)}  # noqa: PTH120
+        return cls(paths, folders, indexed | {_SHARD.sub(r"#\1", path) for path in paths if _SHARD.search(path)})
+
+    def hold(self, path: str) -> bool:
+        """Whether a file, or a folder around it, is a record's; or a shard of a model in shards."""
+        if _SHARD.search(path) and {os.path.dirname(path), _SHARD.sub(r"#\1", path)} & self.shards:  # noqa: PTH120
+            return True
+        while path not in self.paths:
+            path, before = os.path.dirname(path), path  # noqa: PTH120 - pathlib takes ten times as long
+            if path == before:
+                return False
         return True
-    while path not in claimed:
-        path, before = os.path.dirname(path), path  # noqa: PTH120 - pathlib takes ten times as long
-        if path == before:
-            return False
-    return True
 
 
 def _check_source(root: Path) -> None:

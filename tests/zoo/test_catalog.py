@@ -21,6 +21,7 @@ from sane_ray.zoo.catalog import (
     discover,
     join_properties,
     open_record,
+    passed_over,
     read_catalog,
     reader_names,
     unclaimed,
@@ -141,7 +142,7 @@ class TestDiscover:
     def test_files_that_no_record_stands_for(self, tmp_path: Path):
         add(loose(tmp_path, "extra/net.pt", "best.ckpt"), "model", 1)
         assert unclaimed(tmp_path, discover(tmp_path)) == ["best.ckpt", "extra/net.pt"]
-        assert unclaimed(tmp_path, discover(tmp_path, reader="files")) == []
+        assert unclaimed(tmp_path, discover(tmp_path, reader="files")) == ["model/checkpoint_000001/checkpoints"]
         assert unclaimed(tmp_path / "best.ckpt", []) == []
 
     def test_shards_of_an_index_and_files_in_a_claimed_folder_are_claimed(self, tmp_path: Path):
@@ -149,6 +150,46 @@ class TestDiscover:
         index = tmp_path / "big" / "pytorch_model.bin.index.json"
         records = [Record("big/0", "big", 0, str(index)), Record("whole/0", "whole", 0, str(tmp_path / "whole"))]
         assert unclaimed(tmp_path, records) == ["big-00001-of-00002.bin", "big/other.bin"]
+
+    def test_whatever_looks_like_weights_and_was_not_read_is_listed(self, tmp_path: Path):
+        names = ["weights.npy", "more.npz", "zoo.zip", "z.tar", "z.tar.gz", "z.TGZ", "z.tar.zst", "lost/checkpoints"]
+        names += ["optimizer.pt", "far/scaler.pt", "far/net_optim.pt"]
+        for name in [*names, "notes.txt", "metrics.csv.gz", "checkpoints.md", ".hidden.pt", ".git/a.pt"]:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        add(tmp_path, "runs/model", 1)
+        assert unclaimed(tmp_path, discover(tmp_path)) == sorted(names)
+        assert passed_over(tmp_path, discover(tmp_path)) == []
+
+    def test_state_of_training_beside_the_weights_is_listed_apart(self, tmp_path: Path):
+        loose(
+            tmp_path, "run/model.pt", "run/optimizer.pt", "run/global_step5/zero_optim_states.pt", "run/rng_state_0.pth"
+        )
+        loose(tmp_path, "other/optimizer.pt", "run/a/b/scheduler.pt")
+        records = discover(tmp_path)
+        assert passed_over(tmp_path, records) == [
+            "run/global_step5/zero_optim_states.pt", "run/optimizer.pt", "run/rng_state_0.pth",
+        ]  # fmt: skip
+        assert unclaimed(tmp_path, records) == ["other/optimizer.pt", "run/a/b/scheduler.pt"]
+        assert passed_over(tmp_path / "run/model.pt", records) == []
+
+    def test_every_file_is_listed_once_and_none_that_a_link_reads(self, tmp_path: Path):
+        blob = loose(tmp_path, "blobs/x.bin", "zoo/spare.pt") / "blobs" / "x.bin"
+        zoo = tmp_path / "zoo"
+        (zoo / "model.bin").symlink_to(blob)
+        (zoo / "again.pt").symlink_to(zoo / "spare.pt")
+        (zoo / "gone.pt").symlink_to(tmp_path / "nowhere")
+        records = [record for record in discover(zoo, reader="files") if record.model == "model"]
+        assert unclaimed(zoo, records) == ["gone.pt", "spare.pt"]
+        alias = tmp_path / "alias"
+        alias.symlink_to(zoo)
+        assert unclaimed(alias, records) == ["gone.pt", "spare.pt"]
+
+    def test_shards_and_files_beside_a_record_are_claimed(self, tmp_path: Path):
+        loose(tmp_path, *(f"m/net-0000{i}-of-00003.bin" for i in (1, 2, 3)), "m/net-00001-of-00002.bin", "x.npy")
+        (refused, _) = discover(tmp_path, reader="files")
+        refused = replace(refused, path=str(tmp_path / "m/net-00001-of-00003.bin"), beside=(str(tmp_path / "x.npy"),))
+        assert unclaimed(tmp_path, [refused]) == ["m/net-00001-of-00002.bin"]
 
 
 class TestJoin:

@@ -132,21 +132,36 @@ def open_checkpoint(record: Record) -> Checkpoint:
     return checkpoint.open_checkpoint(record.path)
 
 
+def is_training_state(name: str) -> bool:
+    """Whether a file of that name holds the state of an optimiser, a scheduler or a random generator, not weights."""
+    match = _SUFFIX.search(name)
+    return match is not None and _NO_WEIGHTS.fullmatch(name[: match.start()]) is not None
+
+
 def _paths(root: Path) -> list[Path]:
     if root.is_file():
         return [root] if _SUFFIX.search(root.name) or "." not in root.name else []
-    files, links, passed_over = list[str](), list[str](), 0
+    files, links, alone, passed_over = list[str](), list[str](), list[str](), 0
     for _, entries in scan(root) if root.is_dir() else ():
-        for entry in entries:
-            match = _SUFFIX.search(entry.name)
-            if match is None or entry.name[0] == "." or is_folder(entry):
-                continue
-            if _NO_WEIGHTS.fullmatch(entry.name[: match.start()]):
-                passed_over += 1
-            else:
-                (links if entry.is_symlink() else files).append(entry.path)
+        named = [entry for entry in entries if entry.name[0] != "." and _SUFFIX.search(entry.name)]
+        weights = [entry for entry in named if not is_training_state(entry.name) and not is_folder(entry)]
+        files += [entry.path for entry in weights if not entry.is_symlink()]
+        links += [entry.path for entry in weights if entry.is_symlink()]
+        if len(weights) < len(named):
+            others = [entry.path for entry in named if is_training_state(entry.name) and not is_folder(entry)]
+            if not weights:
+                alone += others
+            passed_over += len(others)
     if passed_over:
         _LOG.info("%s: %d files of optimisers and the like passed over by name", root, passed_over)
+    if alone:
+        _LOG.warning(
+            "%s: %d files are passed over for their names, such as %s, though no weights lie beside them; to have one "
+            "read, rename it",
+            root,
+            len(alone),
+            alone[0],
+        )
     targets = {os.path.realpath(path): path for path in files} if links else {}
     for path in sorted(links):
         targets.setdefault(os.path.realpath(path), path)

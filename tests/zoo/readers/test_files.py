@@ -59,6 +59,14 @@ def test_what_trainers_save_beside_the_weights_is_passed_over(tmp_path: Path):
     assert found(tmp_path / "optimizer.pt") == [("optimizer", 0)]
 
 
+def test_what_is_passed_over_without_weights_beside_it_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    touch(tmp_path, "a/model.pt", "a/optimizer.pt", "b/net.pt")
+    assert len(files.discover(tmp_path)) == 2 and caplog.text == ""
+    touch(tmp_path, "c/resnet_optim.pt", "c/optimizer.pt/x.pt", "d/notes.txt", "d/scaler.pt")
+    assert len(files.discover(tmp_path)) == 3
+    assert "2 files are passed over for their names, such as" in caplog.text and "c/resnet_optim.pt" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("names", "model"),
     [
