@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 from sane_ray.cli import run_job
 from sane_ray.cluster import connect, default_storage, local_path
 from sane_ray.config import PrepareJob
+from sane_ray.errors import InputError
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.summary import summarize
 from sane_ray.tokens.store.writing import audit_zoo, matching_store, needs_ray, preview, write_store
 from sane_ray.zoo import public
-from sane_ray.zoo.catalog import unclaimed
-from sane_ray.zoo.readers import Record
-from sane_ray.zoo.sources import Source, check_one_source, name_of, read, to_fetch
+from sane_ray.zoo.catalog import catalog_source
+from sane_ray.zoo.sources import Source, Zoo, check_one_source, name_of, read, to_fetch
 
 EXAMPLES = """\
 examples:
@@ -47,41 +49,61 @@ def main(config: PrepareJob, dry_run: bool) -> None:
     if dry_run and (fetched := to_fetch(source)):
         print(f"{fetched}\nand then read it: run without --dry-run")
         return
-    records, root = read(source, storage)
+    zoo = read(source, storage)
     if config.audit:
-        print(audit(config, records, root, dry_run))
+        print(audit(config, zoo, dry_run))
     else:
-        prepare(config, records, root, destination, dry_run)
+        prepare(config, zoo, destination, dry_run)
 
 
-def prepare(config: PrepareJob, records: list[Record], source: Path, destination: Path, dry_run: bool) -> None:
+def prepare(config: PrepareJob, zoo: Zoo, destination: Path, dry_run: bool) -> None:
     """Writes the store, unless it is there."""
+    records, source = zoo.records, zoo.root
     store = matching_store(records, destination, config.tokens, source=source)
     if store is not None:
         print(f"nothing to do: {destination} is complete, and was prepared from these checkpoints and this config")
     elif dry_run:
-        print(f"{preview(records, config.tokens, source=source)}\nfrom {source}\nto   {destination}")
+        print(f"{preview(records, config.tokens, source=source)}\nfrom {zoo.path}\nto   {destination}")
         return
     else:
-        with cluster(config, records, source):
-            store = write_store(records, destination, config.tokens, source=source)
+        with cluster(config, zoo):
+            store = write_store(records, destination, config.tokens, source=source, unread=zoo.unread())
     print(report(store))
 
 
-def audit(config: PrepareJob, records: list[Record], source: Path, dry_run: bool) -> str:
+def audit(config: PrepareJob, zoo: Zoo, dry_run: bool) -> str:
     """What the source holds; writes its catalog, unless it is a dry run."""
     if dry_run:
-        return f"would read {len(records):,} checkpoints of {source}, and say what they are"
-    catalog = default_storage(config.storage) / "catalogs" / f"{paths(config)[1].name}.parquet"
-    with cluster(config, records, source):
-        others = unclaimed(source, records) if paths(config)[0].is_dir() or config.hub else []
-        text = audit_zoo(records, catalog, config.tokens, source=source, unclaimed=others)
-    return f"{text}\n\ncatalog {catalog}; next: python jobs/prepare.py --source {config.source or source}"
+        return f"would read {len(zoo.records):,} checkpoints of {zoo.path}, and say what they are"
+    default = default_storage(config.storage) / "catalogs" / f"{paths(config)[1].name}.parquet"
+    catalog = local_path(config.catalog, "catalog") if config.catalog else default
+    check_catalog(catalog, zoo)
+    with cluster(config, zoo):
+        text = audit_zoo(zoo.records, catalog, config.tokens, source=zoo.root, origin=zoo.path, unread=zoo.unread())
+    return f"{text}\n\ncatalog {catalog}: the same without what is left out; next: {next_command(catalog)}"
 
 
-def cluster(config: PrepareJob, records: list[Record], source: Path) -> AbstractContextManager[object]:
+def next_command(catalog: Path) -> str:
+    """Prepares what the catalog keeps, with what its architectures need."""
+    kept = [
+        row for row in pq.read_table(catalog, columns=["status", "architecture"]).to_pylist() if row["status"] == "kept"
+    ]
+    architectures = len({row["architecture"] for row in kept})
+    needed = f" --tokens.max_architectures {architectures}" if architectures > 1 else ""
+    return f"python jobs/prepare.py --source {catalog}{needed}"
+
+
+def check_catalog(catalog: Path, zoo: Zoo) -> None:
+    """Raises ``InputError`` rather than overwrite the catalog of another source, or one that was edited."""
+    if catalog.exists() and catalog_source(catalog) != str(zoo.path):
+        raise InputError(
+            f"{catalog} is there, and is not what an audit of {zoo.path} wrote: name another --catalog, or delete it"
+        )
+
+
+def cluster(config: PrepareJob, zoo: Zoo) -> AbstractContextManager[object]:
     """Ray, where the zoo is worth it."""
-    return connect(config.cluster) if needs_ray(records, config.tokens, source=source) else nullcontext()
+    return connect(config.cluster) if needs_ray(zoo.records, config.tokens, source=zoo.root) else nullcontext()
 
 
 def paths(config: PrepareJob) -> tuple[Path, Path]:
@@ -94,18 +116,48 @@ def paths(config: PrepareJob) -> tuple[Path, Path]:
 
 
 def report(store: TokenStore) -> str:
-    """What was left out, where the store is, how much it holds, and what comes next."""
-    counts, skipped = store.counts(), store.skipped
-    left_out = [f"left out {row['source'] or row['id']}: {row['reason']}" for row in skipped]
-    if len(skipped) > _LISTED:
-        reasons = Counter(row["reason"] for row in skipped).most_common(_LISTED)
-        left_out = [f"left out {count:,} checkpoints: {reason}" for reason, count in reasons]
-        left_out += [f"all {len(skipped):,} are in {store.path / 'catalog.parquet'}"]
+    """What was left out or not aligned, where the store is, how much it holds, and what comes next."""
+    counts = store.counts()
     done = (
         f"store {store.path}: {counts.checkpoints:,} checkpoints of {counts.models:,} models, {counts.tokens:,} tokens "
         f"({store.num_bytes / 1e6:,.1f} MB); next: python jobs/pretrain.py --store {store.path}"
     )
-    return "\n".join([*left_out, done])
+    return "\n".join([*left_out(store), *not_aligned(store), done])
+
+
+def left_out(store: TokenStore) -> Iterator[str]:
+    """Each checkpoint or file by itself where they are few, else each reason with an example."""
+    rows = [(row["source"] or row["id"], row["reason"]) for row in store.skipped]
+    if len(rows) <= _LISTED:
+        yield from (f"left out {name}: {reason}" for name, reason in rows)
+        return
+    alike: dict[str, list[str]] = {}
+    for name, reason in rows:
+        alike.setdefault(reason, []).append(name)
+    for reason, names in sorted(alike.items(), key=lambda pair: -len(pair[1]))[:_LISTED]:
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        yield f"left out {names[0]}{more}: {reason}"
+    yield f"all {len(rows):,} that were left out are in {store.path / 'catalog.parquet'}"
+
+
+def not_aligned(store: TokenStore) -> Iterator[str]:
+    """Architectures that stayed as they are although alignment was asked for."""
+    if store.index["alignment"]["method"] == "none":
+        return
+    for name in store.architectures.keys() - store.index["alignment"]["references"].keys():
+        models = {
+            model
+            for model, architecture in zip(
+                *(store.models[c].to_pylist() for c in ("model", "architecture")), strict=True
+            )
+            if architecture == name
+        }
+        why = (
+            "no symmetry is known from its names and shapes; trace it (docs/zoos.md) and pass --tokens.symmetry"
+            if store.architectures[name].symmetry.is_trivial
+            else "its models are too large or none of them is in the train split"
+        )
+        yield f"not aligned: {len(models):,} models of architecture {name}: {why}"
 
 
 if __name__ == "__main__":

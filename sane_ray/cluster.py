@@ -220,4 +220,4 @@ def local_path(text: str, field: str) -> Path:
             f"config field {field} is {text!r}: object stores cannot be used directly; name a folder that every node "
             "sees (local disk, NFS, or the mounted store)"
         )
-    return Path(text).expanduser().absolute()
+    return Path(os.path.normpath(Path(text).expanduser().absolute()))

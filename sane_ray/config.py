@@ -423,6 +423,9 @@ class PrepareJob:
     """Print what the source holds, what would be left out and why, licences and duplicates; write it as a catalog, and
     no store."""
 
+    catalog: str = ""
+    """Parquet file that an audit writes; empty is `<storage>/catalogs/<name of source>.parquet`."""
+
     store: str = ""
     """Token store to write; empty is `<storage>/stores/<name of source>`."""
 

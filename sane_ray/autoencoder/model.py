@@ -454,7 +454,10 @@ class SANE(nn.Module):
                 return table, normalization, tokenize(state_dict, table).cpu()
             except InputError as error:
                 reasons.append(f"{name} ({error})")
-        raise InputError(f"the network fits none of the architectures the model was trained on: {'; '.join(reasons)}")
+        raise InputError(
+            f"the network fits none of the architectures the model was trained on: {'; '.join(reasons)}. If its file "
+            "wraps or prefixes the weights, sane_ray.zoo.checkpoint.load_state_dict(path) gives them plain"
+        )
 
     def _architecture_of_length(self, num_tokens: int) -> tuple[LayerTable, Normalization]:
         """The only architecture with so many tokens."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import signal
 import sys
 import threading
@@ -35,6 +36,8 @@ EXPERIMENT = "sane_ray pretraining"
 
 IDENTITY_FILE = "run.json"
 HISTORY_FILE = "history.jsonl"
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,21 @@ def _check_symmetry(job: PretrainJob, store: TokenStore) -> None:
     views = {"view_1": job.augmentation.view_1, "view_2": job.augmentation.view_2}
     permuted = [name for name, kind in views.items() if kind == "permuted"]
     without = [name for name, architecture in store.architectures.items() if architecture.symmetry.is_trivial]
-    if permuted and without:
+    if not permuted or not without:
+        return
+    if len(without) == len(store.architectures):
         raise InputError(
             f"config field augmentation.{permuted[0]} is 'permuted', but no symmetry is known for the architecture "
-            f"{without[0]!r} of {store.path}: set --augmentation.{permuted[0]} canonical"
+            f"{without[0]!r} of {store.path}: set --augmentation.{permuted[0]} canonical, or trace its symmetry and "
+            "prepare again with --tokens.symmetry (docs/zoos.md)"
         )
+    _LOG.warning(
+        "no symmetry is known for %d of %d architectures (for example %s): both views of their networks keep the order "
+        "of the channels",
+        len(without),
+        len(store.architectures),
+        without[0],
+    )
 
 
 def pretrain(run: Run, job: PretrainJob) -> Path:

@@ -247,15 +247,19 @@ def _check_fits(state_dict: Mapping[str, Tensor], table: LayerTable) -> None:
             _check_tensor(state_dict, layer.bias_key, layer.shape[:1])
     if not state_dict.keys() <= table._keys:
         unknown = next(key for key in state_dict if key not in table._keys)
-        raise InputError(f"state dict has {unknown}, which the layer table does not name: use its own table")
+        raise InputError(
+            f"state dict has {unknown}, which the layer table does not name: it is of another architecture"
+        )
 
 
 def _check_tensor(state_dict: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> None:
     tensor = state_dict.get(key)
     if tensor is None:
-        raise InputError(f"state dict lacks {key}, which the layer table names: use its own table")
+        raise InputError(f"state dict lacks {key}, which the layer table names: it is of another architecture")
     if tensor.shape != shape:
-        raise InputError(f"{key} has shape {tuple(tensor.shape)}, but the layer table says {shape}: use its own table")
+        raise InputError(
+            f"{key} has shape {tuple(tensor.shape)}, but the layer table says {shape}: it is of another architecture"
+        )
     if not tensor.is_floating_point():
         raise InputError(f"{key} is {tensor.dtype}: only floating-point weights become tokens, so dequantise it first")
 

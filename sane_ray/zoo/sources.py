@@ -12,7 +12,7 @@ from pathlib import Path
 from sane_ray.errors import InputError
 from sane_ray.zoo import download, hub
 from sane_ray.zoo.archives import as_folder, is_archive
-from sane_ray.zoo.catalog import discover, join_properties
+from sane_ray.zoo.catalog import discover, join_properties, unclaimed
 from sane_ray.zoo.public import find
 from sane_ray.zoo.readers import Record
 
@@ -35,6 +35,21 @@ class Source:
         return not self.hub and self.path.is_file() and is_archive(self.path) and not _is_read(self.path, self.reader)
 
 
+@dataclass(frozen=True)
+class Zoo:
+    """What a source holds."""
+
+    records: list[Record]
+    root: Path
+    """The folder that paths are told relative to."""
+    path: Path
+    """The folder or file that was read."""
+
+    def unread(self) -> list[str]:
+        """Files that look like weights, but that the reader did not list; relative to the root."""
+        return unclaimed(self.path, self.records)
+
+
 def check_one_source(source: str, hub_repository: str, zoo: str) -> None:
     """Raises ``InputError`` if more than one place is named."""
     named = [
@@ -53,24 +68,27 @@ def to_fetch(source: Source) -> str:
     return f"would unpack {source.path}" if source.is_packed else ""
 
 
-def read(source: Source, storage: Path) -> tuple[list[Record], Path]:
-    """The records of a source, and the folder that their paths are told relative to.
+def read(source: Source, storage: Path) -> Zoo:
+    """Fetches, unpacks and lists a source.
 
     Raises:
         InputError: It cannot be fetched, unpacked or recognised; says why and what to do.
     """
-    path = source.path
+    path, license_name = source.path, None
     if source.hub:
         path = hub.fetch(source.hub)
     elif source.zoo:
-        path = download.fetch(source.zoo, storage / "zoos")
+        folder = download.fetch(source.zoo, storage / "zoos")
+        path, license_name = _unwrapped(folder), download.license_of(folder)
     elif source.is_packed:
-        path = as_folder(path, storage / "zoos")
+        path = _unwrapped(as_folder(path, storage / "zoos"))
+    elif path.is_dir():
+        license_name = download.license_of(path)
     records = discover(path, source.reader)
     root = path if path.is_dir() else path.parent
     if source.properties:
         records = join_properties(records, source.properties, root)
-    return _licensed(records, root), root
+    return Zoo(_licensed(records, license_name), root, path)
 
 
 def name_of(repository: str) -> str:
@@ -78,9 +96,14 @@ def name_of(repository: str) -> str:
     return repository.partition("@")[0].replace("/", "--")
 
 
-def _licensed(records: Sequence[Record], root: Path) -> list[Record]:
+def _unwrapped(folder: Path) -> Path:
+    """The one folder that an archive was made of, so that models have the same names packed and unpacked."""
+    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+
+
+def _licensed(records: Sequence[Record], license_name: str | None) -> list[Record]:
     """With the licence of a downloaded zoo, where a record names none of its own."""
-    license_name = download.license_of(root)
     return [
         record if record.license or license_name is None else replace(record, license=license_name)
         for record in records

@@ -130,10 +130,10 @@ def test_an_audit_tells_all_and_its_catalog_is_a_source(ray_session, tmp_path: P
     text = capsys.readouterr().out
     assert "dequantise it first" in text and "needs Python code" in text and "NaN or infinite" in text
     assert "left out: 9 of 22 checkpoints" in text
-    assert f"catalog {tmp_path / 'catalogs' / 'models.parquet'}; next: " in text
+    catalog = tmp_path / "catalogs" / "models.parquet"
+    assert text.endswith(f"next: python jobs/prepare.py --source {catalog} --tokens.max_architectures 2\n")
     assert not (tmp_path / "stores").exists()
 
-    catalog = tmp_path / "catalogs" / "models.parquet"
     rows = pq.read_table(catalog).to_pylist()
     bad = ("cut", "empty", "gone", "group_0/good_0", "int8", "module", "nan", "noise", "text")
     assert {row["model"] for row in rows if row["status"] == "left out" and row["reason"]} == set(bad)
@@ -169,7 +169,7 @@ def test_conditions_properties_and_thresholds_choose_checkpoints(ray_session, zo
     store = TokenStore.open(tmp_path / "s")
     assert store.models["id"].to_pylist() == ["model_1/1", "model_2/1", "model_3/1"]
     assert store.models["property.score"].to_pylist() == [0.26, 0.51, 0.76]
-    assert len(store.skipped) == 5 and store.index["left_out"] == {"unusable": 0, "not wanted": 5}
+    assert len(store.skipped) == 5 and store.index["left_out"] == {"unusable": 0, "not wanted": 5, "not read": 0}
     capsys.readouterr()
     with pytest.raises(InputError, match=r"scoer.*did you mean|no record has.*scoer"):
         prepare.main(dataclasses.replace(job, tokens=TokensConfig(where="scoer > 1")), False)

@@ -20,14 +20,16 @@ def zoo(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_read_where_it_is(zoo: Path, tmp_path: Path):
-    records, root = read(Source(zoo), tmp_path / "storage")
-    assert [record.model for record in records] == ["a", "b"] and root == zoo
+    found = read(Source(zoo), tmp_path / "storage")
+    assert [record.model for record in found.records] == ["a", "b"] and found.root == found.path == zoo
+    torch.save({"weight": torch.ones(2, 3)}, zoo / "loose.pt")
+    assert found.unread() == ["loose.pt"]
     assert to_fetch(Source(zoo)) == "" and not (tmp_path / "storage").exists()
 
 
 def test_a_file_is_told_relative_to_its_folder(zoo: Path, tmp_path: Path):
-    records, root = read(Source(zoo / "a" / "model.safetensors"), tmp_path)
-    assert len(records) == 1 and root == zoo / "a"
+    found = read(Source(zoo / "a" / "model.safetensors"), tmp_path)
+    assert len(found.records) == 1 and found.root == zoo / "a" and found.unread() == []
 
 
 def test_an_archive_is_unpacked_once_under_the_storage(zoo: Path, tmp_path: Path):
@@ -35,18 +37,19 @@ def test_an_archive_is_unpacked_once_under_the_storage(zoo: Path, tmp_path: Path
     with tarfile.open(archive, "w:gz") as packed:
         packed.add(zoo, "models")
     assert to_fetch(Source(archive)) == f"would unpack {archive}"
-    records, root = read(Source(archive), tmp_path / "storage")
-    assert [record.model for record in records] == ["a", "b"] or len(records) == 2
-    assert root.is_relative_to(tmp_path / "storage" / "zoos")
+    found = read(Source(archive), tmp_path / "storage")
+    records = found.records
+    assert [record.model for record in records] == ["a", "b"]  # as in the folder that was packed
+    assert found.root.is_relative_to(tmp_path / "storage" / "zoos")
     times = [Path(record.path).stat().st_mtime_ns for record in records]
-    again, _ = read(Source(archive), tmp_path / "storage")
+    again = read(Source(archive), tmp_path / "storage").records
     assert again == records and times == [Path(record.path).stat().st_mtime_ns for record in again]
 
 
 def test_a_checkpoint_that_is_a_zip_file_is_not_unpacked(tmp_path: Path):
     torch.save({"weight": torch.ones(2, 3)}, tmp_path / "model.pt")
     assert zipfile.is_zipfile(tmp_path / "model.pt") and to_fetch(Source(tmp_path / "model.pt")) == ""
-    records, _ = read(Source(tmp_path / "model.pt"), tmp_path / "storage")
+    records = read(Source(tmp_path / "model.pt"), tmp_path / "storage").records
     assert [record.reader for record in records] == ["files"]
 
 
@@ -54,12 +57,12 @@ def test_a_downloaded_zoo_lends_its_licence_to_models_that_name_none(zoo: Path, 
     (zoo / ".download.json").write_text(json.dumps({"license": "CC-BY-4.0"}))
     (zoo / "b" / "config.json").write_text("{}")
     (zoo / "b" / "README.md").write_text("---\nlicense: mit\n---\n")
-    assert [record.license for record in read(Source(zoo), tmp_path)[0]] == ["CC-BY-4.0", "mit"]
+    assert [record.license for record in read(Source(zoo), tmp_path).records] == ["CC-BY-4.0", "mit"]
 
 
 def test_properties_are_joined(zoo: Path, tmp_path: Path):
     (tmp_path / "table.csv").write_text("path,accuracy\na/model.safetensors,0.5\nb/model.safetensors,0.75\n")
-    records, _ = read(Source(zoo, properties=str(tmp_path / "table.csv")), tmp_path)
+    records = read(Source(zoo, properties=str(tmp_path / "table.csv")), tmp_path).records
     assert [record.properties["accuracy"] for record in records] == [0.5, 0.75]
 
 

@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.store.inspection import Found
+from sane_ray.tokens.store.layout import hints
 from sane_ray.tokens.store.text_table import table, value_range
+from sane_ray.tokens.symmetry import derive_symmetry
 from sane_ray.zoo.readers import Record
 from sane_ray.zoo.splits import SPLITS, assign_splits
 from sane_ray.zoo.tables import value_columns
@@ -81,12 +83,14 @@ def _architectures(found: Found) -> Iterator[str]:
         positions[key].append(position)
     if not positions:
         return
-    rows = [["architecture", "models", "checkpoints", "parameters", "layers", "for example"]]
+    rows = [["architecture", "models", "checkpoints", "parameters", "layers", "symmetry", "for example"]]
     ranked = sorted(positions.items(), key=lambda item: (-len(item[1]), item[0]))
     for key, members in ranked[:_LISTED]:
         models, layers = {found.records[position].model for position in members}, found.tables[key]
         counts = (len(models), len(members), layers.parameters, len(layers.layers))
-        rows.append([key[:8], *(f"{count:,}" for count in counts), found.records[members[0]].id])
+        symmetry = derive_symmetry(layers, hints([found.records[position] for position in members]))
+        known = "none known" if symmetry.is_trivial else symmetry.origin
+        rows.append([key[:8], *(f"{count:,}" for count in counts), known, found.records[members[0]].id])
     yield from table(rows)
     yield from _more(len(positions) - _LISTED, "architectures")
 
@@ -173,7 +177,7 @@ def _splits(found: Found, config: TokensConfig) -> tuple[dict[str, str], str]:
     """The split of each usable model, or why they cannot be split."""
     try:
         records = [found.records[position] for position, _ in found.usable()]
-        return assign_splits(records, _usable_models(found), config) if records else {}, ""
+        return assign_splits(records, config) if records else {}, ""
     except InputError as error:
         return {}, str(error)
 

@@ -33,6 +33,8 @@ from sane_ray.tokens.store.reading import (
     json_digest,
 )
 from sane_ray.zoo.catalog import value_columns, write_catalog
+from sane_ray.zoo.readers import Record
+from sane_ray.zoo.tables import clean_text, text_column
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,26 @@ class Contents:
     found: Found
     aligned: Aligned
     inputs: Inputs
+    unread: Sequence[str]
+    """Files that look like weights, but that the zoo's reader did not list; relative to the source."""
 
 
 def write_contents(contents: Contents, folder: Path) -> None:
     """Writes the tables, and store.json last."""
     tables = {MODELS_FILE: _models(contents), SEGMENTS_FILE: _segments(contents)}
-    if contents.aligned.references:
-        tables[ALIGNMENT_FILE] = contents.aligned.table()
     for name, table in tables.items():
         pq.write_table(table, folder / name, compression="zstd")
-    write_store_catalog(folder / CATALOG_FILE, contents.found, contents.inputs, contents.rows)
-    files = [_described(folder, name) for name in (*tables, CATALOG_FILE)]
+    write_store_catalog(folder / CATALOG_FILE, contents.found, contents.inputs, contents.unread, contents.rows)
+    aligned = [ALIGNMENT_FILE] if contents.aligned.references else []
+    files = [_described(folder, name) for name in (*tables, CATALOG_FILE, *aligned)]
     index = json.dumps(_index(contents, files), indent=1)
     (folder / INDEX_FILE).write_text(index, encoding="utf-8")
+
+
+def write_alignment(aligned: Aligned, folder: Path) -> None:
+    """Writes the permutations, which the writing of the tokens reads; nothing if no architecture can be aligned."""
+    if aligned.references:
+        pq.write_table(aligned.table(), folder / ALIGNMENT_FILE, compression="zstd")
 
 
 def _described(folder: Path, name: str) -> dict[str, Any]:
@@ -70,18 +79,18 @@ def _models(contents: Contents) -> pa.Table:
     rows, inputs = contents.rows, contents.inputs
     columns = {
         "checkpoint": pa.array([row.ordinal for row in rows], pa.int32()),
-        "id": pa.array([row.record.id for row in rows], pa.string()),
-        "model": pa.array([row.record.model for row in rows], pa.string()),
+        "id": text_column([row.record.id for row in rows]),
+        "model": text_column([row.record.model for row in rows]),
         "epoch": pa.array([row.record.epoch for row in rows], pa.int64()),
         "split": pa.array([row.split for row in rows], pa.string()),
-        "architecture": pa.array([row.architecture.name for row in rows], pa.string()),
+        "architecture": text_column([row.architecture.name for row in rows]),
         "parameters": pa.array([row.architecture.table.parameters for row in rows], pa.int64()),
         "tokens": pa.array([row.architecture.table.num_tokens for row in rows], pa.int64()),
         "source": pa.array([inputs.entries[row.record.id].path for row in rows], pa.string()),
-        "member": pa.array([row.record.member for row in rows], pa.string()),
+        "member": text_column([row.record.member for row in rows]),
         "reader": pa.array([row.record.reader for row in rows], pa.string()),
         "sha256": pa.array([row.sha256 for row in rows], pa.string()),
-        "license": pa.array([row.record.license for row in rows], pa.string()),
+        "license": text_column([row.record.license for row in rows]),
         "parents": pa.array([list(row.record.parents) for row in rows], pa.list_(pa.string())),
     }
     if inputs.config.normalization == "l2":
@@ -106,18 +115,36 @@ def _segments(contents: Contents) -> pa.Table:
     return pa.table({name: pa.array(values, kind) for name, values, kind in zip(names, columns, types, strict=True)})
 
 
-def write_store_catalog(path: Path, found: Found, inputs: Inputs, rows: Sequence[Row] = ()) -> None:
-    """Everything that the zoo held: first what was read, then what was not wanted from the start.
+def write_store_catalog(
+    path: Path,
+    found: Found,
+    inputs: Inputs,
+    unread: Sequence[str] = (),
+    rows: Sequence[Row] = (),
+    origin: str = "",
+) -> None:
+    """Everything that the zoo held: first what was read, then what was not wanted or not recognised from the start.
 
     Args:
         path: The Parquet file.
         found: What pass 1 saw, and what was left out since.
         inputs: What it was asked to read.
+        unread: Files that look like weights, but that the zoo's reader did not list; relative to the source.
         rows: The checkpoints of the store, if there is one.
+        origin: What was read, to be noted in a catalog that stands alone.
     """
-    early = dict(enumerate((reason for _, reason in inputs.unwanted), start=len(found.records)))
-    reasons = found.reasons | found.unwanted | early
-    records = [*found.records, *(record for record, _ in inputs.unwanted)]
+    readers = ", ".join(sorted({record.reader for record in found.records}))
+    not_read = [
+        (
+            Record(name, name, 0, str(inputs.source / name), reader="files"),
+            f"not read: the source was read as {readers}",
+        )
+        for name in map(clean_text, unread)
+    ]
+    early = [*inputs.unwanted, *not_read]
+    reasons = found.reasons | found.unwanted
+    reasons |= dict(enumerate((reason for _, reason in early), start=len(found.records)))
+    records = [*found.records, *(record for record, _ in early)]
     kept = {row.position: row for row in rows}
     tables = [found.tables.get(key or "") for key in found.keys]
     read: dict[str, list[Any]] = {
@@ -129,10 +156,10 @@ def write_store_catalog(path: Path, found: Found, inputs: Inputs, rows: Sequence
     for column in ("path", "bytes", "mtime_ns", "metadata"):
         values = [getattr(inputs.entries[record.id], column) for record in found.records]
         read["source" if column == "path" else f"source_{column}"] = values
-    columns = {name: [*values, *[None] * len(inputs.unwanted)] for name, values in read.items()}
+    columns = {name: [*values, *[None] * len(early)] for name, values in read.items()}
     columns["status"] = ["left out" if position in reasons else "kept" for position in range(len(records))]
     columns["reason"] = [reasons.get(position) for position in range(len(records))]
-    write_catalog(path, records, columns)
+    write_catalog(path, records, columns, source=origin)
 
 
 def _index(contents: Contents, files: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -154,7 +181,16 @@ def _index(contents: Contents, files: Sequence[dict[str, Any]]) -> dict[str, Any
             "fractions": dict(zip(SPLITS, config.split, strict=True)),
         },
         "architectures": described,
-        "left_out": {"unusable": len(found.reasons), "not wanted": len(found.unwanted) + len(inputs.unwanted)},
+        "left_out": {
+            "unusable": len(found.reasons),
+            "not wanted": len(found.unwanted) + len(inputs.unwanted),
+            "not read": len(contents.unread),
+        },
         "files": [*files, *contents.files],
-        "inputs": {"source": str(inputs.source), "digest": inputs.digest, "tokens": inputs.settings},
+        "inputs": {
+            "source": str(inputs.source),
+            "readers": inputs.readers,
+            "digest": inputs.digest,
+            "tokens": inputs.settings,
+        },
     }

@@ -8,24 +8,32 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.store.inspection import digest_if_readable
-from sane_ray.tokens.store.progress_bar import checkpoint_bar
+from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.tokens.store.reading import TokenStore, file_digest, json_digest
+from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.zoo.filters import select
 from sane_ray.zoo.readers import Record
+from sane_ray.zoo.splits import assign_splits
 from sane_ray.zoo.tables import clean_text
 
 _GATES = ("max_architectures", "max_skipped")
 """Config fields that decide whether a store is written, not what is in it."""
 
+
+_FILES = ("split_file", "symmetry")
+"""Config fields that name files."""
+
+_CHOOSING = ("the source", "tokens.where", "tokens.epochs")
+"""Differences that explain why the checkpoints are others."""
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
 """What counts for a checkpoint that is a folder."""
@@ -74,8 +82,9 @@ class Inputs:
         source = Path(source).expanduser().absolute()
         wanted, unwanted = _wanted(records, config, source)
         wanted.sort(key=lambda record: (record.model, record.epoch))
-        looks: dict[str, tuple[int, int]] = {}
-        return cls(wanted, config, source, {record.id: _entry(record, source, looks) for record in wanted}, unwanted)
+        look_once, digest_once = cache(look), cache(_digest_beside)
+        entries = {record.id: _entry(record, source, look_once, digest_once) for record in wanted}
+        return cls(wanted, config, source, entries, unwanted)
 
     @cached_property
     def sizes(self) -> list[float]:
@@ -94,6 +103,8 @@ class Inputs:
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in _GATES}
         settings["symmetry"] = [_contents(path, "tokens.symmetry") for path in self.config.symmetry]
         settings["split_file"] = _contents(self.config.split_file, "tokens.split_file")
+        settings["where"] = self.config.where.strip()
+        settings["align_to"] = self.config.align_to if self.config.align == "weights" else ""
         return settings
 
     @property
@@ -101,6 +112,24 @@ class Inputs:
         """Of everything, times included."""
         listing = [[name, *dataclasses.astuple(entry)] for name, entry in self.entries.items()]
         return json_digest([self.settings, listing])
+
+    @property
+    def readers(self) -> list[str]:
+        """Names of the readers that found the records."""
+        return sorted({record.reader for record in self.records})
+
+    def check(self) -> None:
+        """Raises ``InputError`` for what the config names and the zoo has not, before any work."""
+        for path in self.config.symmetry:
+            Symmetry.load(path)
+        models = {record.model for record in self.records}
+        name = self.config.align_to if self.config.align == "weights" else ""
+        if name and name not in models:
+            raise InputError(
+                f"config field tokens.align_to is {name!r}: no such model in the zoo; take one of "
+                f"{', '.join(sorted(models)[:5])}"
+            )
+        assign_splits(self.records, self.config)
 
 
 def look(path: str) -> tuple[int, int]:
@@ -130,7 +159,7 @@ def _wanted(
             f"{found[:20]}"
         )
     unwanted = [(record, "epoch not chosen") for record in records if epochs and record.epoch not in epochs]
-    if config.where:
+    if config.where.strip():
         chosen, others = select(chosen, config.where)
         unwanted += others
         if not chosen:
@@ -150,11 +179,19 @@ def _contents(path: str, name: str) -> str:
         raise InputError(f"config field {name} is {path}: cannot be read ({error.strerror})") from error
 
 
-def _entry(record: Record, source: Path, looks: dict[str, tuple[int, int]]) -> Entry:
-    if record.path not in looks:
-        looks[record.path] = look(record.path)
-    known = [record.properties, record.config, record.license, record.parents, record.split]
-    return Entry(clean_text(os.path.relpath(record.path, source)), *looks[record.path], json_digest(known)[:16])
+def _entry(
+    record: Record, source: Path, look_at: Callable[[str], tuple[int, int]], digest: Callable[[str], str]
+) -> Entry:
+    known: list[Any] = [record.reader, record.member, record.properties, record.config, record.license, record.parents]
+    known += [record.split, [digest(path) for path in record.beside]]
+    return Entry(clean_text(os.path.relpath(record.path, source)), *look_at(record.path), json_digest(known)[:16])
+
+
+def _digest_beside(path: str) -> str:
+    try:
+        return file_digest(Path(path))
+    except OSError:  # whoever opens the checkpoint says what is wrong
+        return ""
 
 
 def matching(inputs: Inputs, destination: Path) -> TokenStore | None:
@@ -168,7 +205,9 @@ def matching(inputs: Inputs, destination: Path) -> TokenStore | None:
     store = TokenStore.open(destination)
     if store.index["inputs"]["digest"] == inputs.digest:
         return store
-    differences = [*_different_settings(store, inputs), *_different_checkpoints(store, inputs)]
+    differences = _different_settings(store, inputs)
+    if not any(difference.startswith(_CHOOSING) for difference in differences):
+        differences += _different_checkpoints(store, inputs)
     if differences:
         raise InputError(
             f"--store {destination} was prepared from other inputs: {'; '.join(differences)}. Name another --store, or "
@@ -179,10 +218,16 @@ def matching(inputs: Inputs, destination: Path) -> TokenStore | None:
 
 def _different_settings(store: TokenStore, inputs: Inputs) -> list[str]:
     old, new = store.index["inputs"]["tokens"], inputs.settings
+    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    readers = (", ".join(store.index["inputs"]["readers"]), ", ".join(inputs.readers))
     return [
-        f"tokens.{name} was {old.get(name)!r} and is now {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        *([f"the source was read as {readers[0]} and is now read as {readers[1]}"] if readers[0] != readers[1] else []),
+        *(
+            f"tokens.{name} is another file, or the same with other contents"
+            if name in _FILES
+            else f"tokens.{name} was {old.get(name)!r} and is now {new.get(name)!r}"
+            for name in different
+        ),
     ]
 
 
@@ -211,7 +256,7 @@ def _rewritten(store: TokenStore, inputs: Inputs, touched: list[str]) -> list[st
     digests = {row["id"]: row["sha256"] for row in store.considered}
     records = {record.id: record for record in inputs.records}
     changed = []
-    with checkpoint_bar("compare checkpoints", len(touched)) as progress:
+    with progress_bar("compare checkpoints", len(touched), unit="checkpoint") as progress:
         for name in touched:
             if digest_if_readable(records[name]) != digests[name]:
                 changed.append(name)

@@ -8,7 +8,6 @@ imports Ray.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -78,6 +77,8 @@ class Share(NamedTuple):
     position: int
     record: Record
     slices: list[Slice]
+    size: float
+    """Bytes of the slices."""
 
 
 @dataclass
@@ -116,11 +117,11 @@ class Found:
         """Takes a checkpoint that is not wanted from the usable ones."""
         self.keys[position], self.unwanted[position] = None, reason
 
-    def add(self, first: int, seen: Sequence[Seen], tables: Mapping[str, LayerTable]) -> None:
-        """Takes in what the checkpoints from position ``first`` on are."""
+    def add(self, positions: Sequence[int], seen: Sequence[Seen], tables: Mapping[str, LayerTable]) -> None:
+        """Takes in what the checkpoints at these positions are."""
         for key, table in tables.items():
             self.tables.setdefault(key, table)
-        for position, one in enumerate(seen, start=first):
+        for position, one in zip(positions, seen, strict=True):
             self.seen[position] = one
             if one.reason:
                 self.leave_out(position, one.reason)
@@ -145,14 +146,15 @@ def batches(records: Sequence[Record], sizes: Sequence[float]) -> list[Batch]:
 def shares(position: int, record: Record, meta: Mapping[str, Tensor]) -> list[Share]:
     """The work of pass 1 over one large checkpoint, cut into what one task does."""
     gathered: list[list[Slice]] = []
-    size = math.inf
+    sizes: list[float] = []
     for piece in slices_of(meta):
-        if size + (added := (piece.stop - piece.start) * meta[piece.key].element_size()) > BATCH_BYTES:
+        added = (piece.stop - piece.start) * meta[piece.key].element_size()
+        if not gathered or sizes[-1] + added > BATCH_BYTES:
             gathered.append([])
-            size = 0.0
+            sizes.append(0.0)
         gathered[-1].append(piece)
-        size += added
-    return [Share(position, record, pieces) for pieces in gathered]
+        sizes[-1] += added
+    return [Share(position, record, pieces, size) for pieces, size in zip(gathered, sizes, strict=True)]
 
 
 def slices_of(meta: Mapping[str, Tensor]) -> list[Slice]:
@@ -177,6 +179,31 @@ def inspect_batch(batch: Batch, settings: Mapping[str, Any]) -> tuple[list[Seen]
     tables: dict[Any, LayerTable] = {}
     seen = [_inspect(record, tables, settings) for record in batch.records]
     return seen, {table.fingerprint: table for table in tables.values()}
+
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of every tensor of a checkpoint, in order: its ``meta`` in a form that travels."""
+
+
+def survey(record: Record, settings: Mapping[str, Any]) -> tuple[Shapes | None, Seen, dict[str, LayerTable]]:
+    """Opens a large checkpoint; inspects it at once if its file can only be read whole.
+
+    Returns:
+        Its shapes, if it can be read in slices; else None, what it is, and its layer table.
+    """
+    try:
+        checkpoint = open_record(record)
+        if checkpoint.is_lazy:
+            return {key: (tuple(value.shape), value.dtype) for key, value in checkpoint.meta.items()}, Seen(""), {}
+    except Exception as error:  # one odd file must not end the work on all the others
+        return None, Seen("", why(error, record)), {}
+    (seen,), tables = inspect_batch(Batch(0, [record]), settings)
+    return None, seen, tables
+
+
+def meta_of(shapes: Shapes) -> dict[str, Tensor]:
+    """The tensors of a surveyed checkpoint on the meta device."""
+    return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in shapes.items()}
 
 
 def inspect_share(share: Share) -> list[Glance] | str:
@@ -226,6 +253,9 @@ def describe(
     table = tables[shapes]
     statistics = LayerStatistics().add(by_key, table)
     rows = (statistics.mean, statistics.variance, statistics.norm, statistics.minimum, statistics.maximum)
+    beyond = np.flatnonzero(np.abs(np.stack(rows[2:])).max(axis=0) > np.finfo(np.float32).max)
+    if len(beyond):
+        return Seen(sha256, f"{table.layers[beyond[0]].key} holds values that float32 does not")
     sizes = [max(-found.low, found.high) for key, found in by_key.items() if not f".{key}".endswith(_RUNNING)]
     return Seen(sha256, "", table.fingerprint, np.stack(rows), float(max(sizes, default=0.0)))
 

@@ -6,19 +6,22 @@ imports Ray.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
-from sane_ray.tokens.normalization import LayerStatistics, Normalization, fit
+from sane_ray.tokens.normalization import LayerStatistics, fit
 from sane_ray.tokens.store.inspection import Found, Seen
 from sane_ray.tokens.store.reading import SPLITS, Architecture
 from sane_ray.tokens.symmetry import Symmetry, derive_symmetry
@@ -250,9 +253,7 @@ def _shapes(table: LayerTable) -> dict[str, tuple[int, ...]]:
 
 def _split(found: Found, config: TokensConfig) -> dict[str, str]:
     """Split of every usable model; models without one are passed over."""
-    architecture_of = {found.records[position].model: key for position, key in reversed(found.usable())}
-    records = [found.records[position] for position, _ in found.usable()]
-    splits = assign_splits(records, architecture_of, config)
+    splits = assign_splits([found.records[position] for position, _ in found.usable()], config)
     for position, _ in found.usable():
         if found.records[position].model not in splits:
             found.pass_over(position, "its model is in no split")
@@ -265,28 +266,61 @@ def _fit(found: Found, splits: Mapping[str, str], config: TokensConfig) -> dict[
     for position, key in found.usable():
         members.setdefault(key, []).append(position)
     token_size = config.token_size or max(found.tables[key].widest_channel for key in members)
-    given = {path: Symmetry.load(path) for path in config.symmetry}
+    given = {path: _given(path) for path in config.symmetry}
+    tables = {key: found.tables[key].resized(token_size) for key in members}
+    trained = {
+        key: [found.seen[position] for position in positions if splits[found.records[position].model] == "train"]
+        for key, positions in members.items()
+    }
+    statistics = {key: _statistics(seen) for key, seen in trained.items() if seen}
+    if not statistics:
+        raise InputError("no model is in the train split: change tokens.split or tokens.seed, or add models")
+    pooled = _by_kind(statistics, tables)
     architectures: dict[str, Architecture] = {}
     for key, positions in members.items():
-        example = found.records[positions[0]]
-        trained = [found.seen[position] for position in positions if splits[found.records[position].model] == "train"]
-        if not trained:
-            raise InputError(
-                f"architecture {_name(key, example)} has no model in the train split: change tokens.seed or "
-                "tokens.split, or leave it out with tokens.where"
-            )
-        table = found.tables[key].resized(token_size)
-        symmetry = _symmetry(table, _hints([found.records[position] for position in positions]), given)
-        architectures[key] = Architecture(_name(key, example), table, symmetry, _normalization(trained, config))
+        records = [found.records[position] for position in positions]
+        normalization = fit(statistics.get(key) or _of_kinds(pooled, tables[key]), config.normalization)
+        symmetry = _symmetry(tables[key], hints(records), given)
+        architectures[key] = Architecture(_name(key, records[0]), tables[key], symmetry, normalization)
     _check_used(given, architectures.values())
     return architectures
 
 
-def _normalization(trained: Sequence[Seen], config: TokensConfig) -> Normalization:
+def _statistics(trained: Sequence[Seen]) -> LayerStatistics:
     values = np.stack([seen.statistics for seen in trained])
     mean, variance, norm = values[:, :3].sum(axis=0)
-    statistics = LayerStatistics(len(values), mean, variance, norm, values[:, 3].min(axis=0), values[:, 4].max(axis=0))
-    return fit(statistics, config.normalization)
+    return LayerStatistics(len(values), mean, variance, norm, values[:, 3].min(axis=0), values[:, 4].max(axis=0))
+
+
+Pooled = dict[str | None, NDArray[np.float64]]
+"""For each kind of layer, and for all together under None: mean, variance, norm, minimum and maximum."""
+
+
+def _by_kind(statistics: Mapping[str, LayerStatistics], tables: Mapping[str, LayerTable]) -> Pooled:
+    """What the training models of all architectures say of each kind of layer, every layer of a model alike."""
+    layers: dict[str | None, list[tuple[LayerStatistics, int]]] = {None: []}
+    for key, seen in statistics.items():
+        for number, layer in enumerate(tables[key].layers):
+            layers.setdefault(layer.kind, []).append((seen, number))
+            layers[None].append((seen, number))
+    pooled: Pooled = {}
+    for kind, members in layers.items():
+        count = sum(seen.models for seen, _ in members)
+        sums = np.sum([[seen.mean[n], seen.variance[n], seen.norm[n]] for seen, n in members], axis=0)
+        low, high = min(seen.minimum[n] for seen, n in members), max(seen.maximum[n] for seen, n in members)
+        pooled[kind] = np.array([*(sums / count), low, high])
+    return pooled
+
+
+def _of_kinds(pooled: Pooled, table: LayerTable) -> LayerStatistics:
+    """Statistics for an architecture that no training model has: those of its layers' kinds."""
+    columns = np.stack([pooled.get(layer.kind, pooled[None]) for layer in table.layers], axis=1)
+    return LayerStatistics(1, *columns)
+
+
+def _given(path: str) -> Symmetry:
+    symmetry = Symmetry.load(path)
+    return dataclasses.replace(symmetry, origin=symmetry.origin or f"given in {Path(path).name}")
 
 
 def _symmetry(table: LayerTable, hints: Mapping[str, Any], given: Mapping[str, Symmetry]) -> Symmetry:
@@ -294,10 +328,18 @@ def _symmetry(table: LayerTable, hints: Mapping[str, Any], given: Mapping[str, S
     return next((one for one in given.values() if _misfit(one, table) is None), None) or derive_symmetry(table, hints)
 
 
-def _hints(records: Sequence[Record]) -> Mapping[str, Any]:
-    """The config of models of one architecture, if they agree on their attention heads, which no shape shows."""
-    said = {tuple(sorted(item for item in record.config.items() if _is_of_heads(*item))) for record in records}
-    return records[0].config if len(said) == 1 else {}
+def hints(records: Sequence[Record]) -> dict[str, Any]:
+    """What the configs of all models of one architecture say alike.
+
+    Nothing of attention heads unless all say the same of them, since no shape shows how many there are.
+    """
+    common = {
+        name: value
+        for name, value in records[0].config.items()
+        if all(name in record.config and record.config[name] == value for record in records)
+    }
+    heads = {tuple(sorted(item for item in record.config.items() if _is_of_heads(*item))) for record in records}
+    return common if len(heads) == 1 else {n: value for n, value in common.items() if not _is_of_heads(n, value)}
 
 
 def _is_of_heads(name: str, value: Any) -> bool:

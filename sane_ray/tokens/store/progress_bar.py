@@ -8,8 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-def checkpoint_bar(what: str, total: int, unit: str = "checkpoint") -> tqdm[Any]:
-    """A progress bar over checkpoints or their parts: lively on a terminal, a line now and then in a log."""
-    return tqdm(
-        total=total, desc=what, unit=unit, unit_scale=unit == "token", mininterval=0.2 if sys.stderr.isatty() else 10
-    )
+def progress_bar(what: str, total: float, unit: str) -> tqdm[Any]:
+    """A progress bar: lively on a terminal, a line now and then in a log. Bytes and tokens are told in thousands."""
+    interval = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit in ("B", "token"), mininterval=interval)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import Normalization
-from sane_ray.tokens.symmetry import Symmetry
+from sane_ray.tokens.symmetry import Indices, Symmetry
 from sane_ray.tokens.tokenizer import LayerTable, detokenize
 from sane_ray.zoo.splits import SPLITS
 
@@ -180,12 +180,13 @@ class TokenStore:
 
     @property
     def considered(self) -> list[dict[str, Any]]:
-        """Checkpoints of the zoo whose files were read: rows of the catalog."""
-        return self.catalog.filter(pc.field("source_bytes").is_valid()).to_pylist()
+        """Checkpoints of the zoo whose files were read: what identifies each of them as an input."""
+        columns = ["id", "sha256", "source", "source_bytes", "source_mtime_ns", "source_metadata"]
+        return self.catalog.filter(pc.field("source_bytes").is_valid()).select(columns).to_pylist()
 
-    def alignment(self, model: str) -> dict[str, NDArray[np.int64]]:
-        """The permutations that a model's weights were reordered by before they became tokens; empty if it was not."""
-        return self._alignments.get(model, {})
+    def alignment(self, checkpoint: int) -> dict[str, Indices]:
+        """The permutations that a checkpoint's weights were reordered by before they became tokens; empty if none."""
+        return self._alignments.get((self._column("model")[checkpoint], self._column("architecture")[checkpoint]), {})
 
     @property
     def num_bytes(self) -> int:
@@ -270,12 +271,9 @@ class TokenStore:
         return {}
 
     @cached_property
-    def _alignments(self) -> dict[str, dict[str, NDArray[np.int64]]]:
+    def _alignments(self) -> dict[tuple[str, str], dict[str, Indices]]:
         path = self.path / ALIGNMENT_FILE
-        alignments: dict[str, dict[str, NDArray[np.int64]]] = {}
-        for row in pq.read_table(path).to_pylist() if path.exists() else []:
-            alignments.setdefault(row["model"], {})[row["permutation"]] = np.array(row["order"], np.int64)
-        return alignments
+        return read_alignments(path) if path.exists() else {}
 
     @cached_property
     def _metadata(self) -> dict[str, pq.FileMetaData]:
@@ -327,6 +325,17 @@ def as_float32(values_NT: NDArray[Any], dtype: Dtype) -> Tensor:
     if dtype == "bfloat16":
         return torch.from_numpy(values_NT.astype(np.int32) << 16).view(torch.float32)
     return torch.from_numpy(values_NT.astype(np.float32))
+
+
+def read_alignments(path: Path, models: Sequence[str] | None = None) -> dict[tuple[str, str], dict[str, Indices]]:
+    """The permutations in alignment.parquet, by model and architecture; all of them, or of some models."""
+    wanted = None if models is None else pc.field("model").isin(list(models))
+    found: dict[tuple[str, str], dict[str, Indices]] = {}
+    table = pq.read_table(path, columns=["model", "architecture", "permutation", "order"], filters=wanted)
+    for row in table.to_pylist():
+        permutations = found.setdefault((row["model"], row["architecture"]), {})
+        permutations[row["permutation"]] = np.array(row["order"], np.int64)
+    return found
 
 
 def json_digest(value: Any) -> str:

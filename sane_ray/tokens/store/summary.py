@@ -64,7 +64,8 @@ def _architecture(store: TokenStore, architecture: Architecture) -> Iterator[str
     symmetry = ", ".join(f"{name} ({size})" for name, size in architecture.symmetry.sizes.items()) or "none known"
     yield f"architecture {architecture.name}: {members:,} checkpoints"
     yield f"  {table.parameters:,} parameters in {table.num_tokens:,} tokens; {signal:.1%} of the values are weights"
-    yield f"  permutation symmetries: {symmetry}"
+    origin = f" (from {architecture.symmetry.origin})" if architecture.symmetry.origin else ""
+    yield f"  permutation symmetries: {symmetry}{origin}"
     rows: list[Sequence[str]] = [("layer", "key", "kind", "shape", "channels", "tokens/channel", "shift", "scale")]
     for number, layer in enumerate(table.layers):
         key = layer.key if layer.bias_key is None else f"{layer.key} + bias"

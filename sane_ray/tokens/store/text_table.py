@@ -33,7 +33,8 @@ def value_range(column: pa.Array | pa.ChunkedArray) -> str:
         return "none"
     if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         ends: Any = pc.min_max(values).as_py()
-        return f"{ends['min']:.6g} to {ends['max']:.6g}"
+        low, high = f"{ends['min']:.6g}", f"{ends['max']:.6g}"
+        return low if low == high else f"{low} to {high}"
     names = sorted(str(value) for value in pc.unique(values).to_pylist())
     shown = ", ".join(name if len(name) <= _WIDEST else f"{name[: _WIDEST - 1]}…" for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown}, … ({len(names):,} values)"

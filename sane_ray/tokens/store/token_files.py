@@ -9,7 +9,7 @@ Shape suffixes: N tokens of a segment, T token size.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,15 @@ from torch import Tensor
 from sane_ray.errors import InputError
 from sane_ray.tokens.store.inputs import look
 from sane_ray.tokens.store.inspection import why
-from sane_ray.tokens.store.reading import RAW_DTYPES, Architecture, Dtype, Segment, to_stored
+from sane_ray.tokens.store.reading import (
+    ALIGNMENT_FILE,
+    RAW_DTYPES,
+    Architecture,
+    Dtype,
+    Segment,
+    read_alignments,
+    to_stored,
+)
 from sane_ray.tokens.symmetry import permute
 from sane_ray.tokens.tokenizer import LayerTable, tokenize_range
 from sane_ray.zoo.catalog import open_record
@@ -47,8 +55,8 @@ class Job:
     architecture: str
     scale: list[float] | None
     """For l2 normalisation: the checkpoint's own norms."""
-    permutations: Mapping[str, NDArray[np.int64]] | None
-    """What aligns its model to the reference."""
+    aligned: bool
+    """Whether its model is reordered, as the store's alignment.parquet says."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +82,10 @@ def write_part(job: FileJob, settings: Settings) -> dict[str, Any]:
     Returns:
         Its ``path``, ``bytes``, ``rows`` and ``row_groups``, or under ``error`` the sentence that says what is wrong.
     """
-    architectures = {data["name"]: Architecture.from_dict(data) for data in settings.architectures}
     path = Path(settings.folder, job.file)
-    groups = (
-        [
-            (piece.segment, table_of(architectures, piece), stored_values(piece, architectures, settings.dtype))
-            for piece in group
-        ]
-        for group in job.groups
-    )
     try:
-        written = write_token_file(path, groups)
+        source = _Source(job, settings)
+        written = write_token_file(path, ([source.segment(one) for one in group] for group in job.groups))
     except InputError as error:
         return {"error": str(error)}
     except OSError as error:
@@ -92,44 +93,59 @@ def write_part(job: FileJob, settings: Settings) -> dict[str, Any]:
     return {"path": job.file, "bytes": path.stat().st_size, **written}
 
 
-def table_of(architectures: Mapping[str, Architecture], job: Job) -> LayerTable:
-    """The layers of the checkpoint that a segment belongs to."""
-    return architectures[job.architecture].table
+class _Source:
+    """The segments of one file, made from their checkpoints."""
+
+    def __init__(self, job: FileJob, settings: Settings) -> None:
+        self._architectures = {data["name"]: Architecture.from_dict(data) for data in settings.architectures}
+        self._dtype = settings.dtype
+        models = {one.record.model for group in job.groups for one in group if one.aligned}
+        self._alignments = read_alignments(Path(settings.folder, ALIGNMENT_FILE), list(models)) if models else {}
+        self._opened: tuple[int, Checkpoint] | None = None
+
+    def segment(self, job: Job) -> tuple[Segment, LayerTable, NDArray[Any]]:
+        """One segment: which, its layer table, and its normalised values as they are stored, [N, T].
+
+        Raises:
+            InputError: The checkpoint has changed since it was inspected, or cannot be read any more.
+        """
+        architecture, (_, first, tokens) = self._architectures[job.architecture], job.segment
+        table, checkpoint = architecture.table, self._open(job, architecture)
+        scale = None if job.scale is None else torch.tensor(job.scale, dtype=torch.float32)
+        values_NT = np.empty((tokens, table.token_size), RAW_DTYPES[self._dtype])
+        buffer_NT: Tensor | None = None
+        for start, stop in _ranges(first, first + tokens, table.token_size):
+            if buffer_NT is None or len(buffer_NT) != stop - start:
+                buffer_NT = torch.empty(stop - start, table.token_size)
+            tokenize_range(checkpoint.read, table, start, stop, out=buffer_NT)
+            architecture.normalization.normalize(buffer_NT, table, start, scale, out=buffer_NT)
+            values_NT[start - first : stop - first] = to_stored(buffer_NT, self._dtype)
+        return job.segment, table, values_NT
+
+    def _open(self, job: Job, architecture: Architecture) -> Checkpoint:
+        """The checkpoint of a segment; the one before is kept, since some files are read whole when they are opened."""
+        ordinal = job.segment.checkpoint
+        if self._opened is not None and self._opened[0] == ordinal:
+            return self._opened[1]
+        self._opened = None  # before the next is there
+        checkpoint = _unchanged(job)
+        if job.aligned:
+            permutations = self._alignments[job.record.model, job.architecture]
+            weights = permute(checkpoint.state_dict(), architecture.symmetry, permutations)
+            checkpoint = LoadedCheckpoint(checkpoint.path, weights)
+        self._opened = ordinal, checkpoint
+        return checkpoint
 
 
-def stored_values(job: Job, architectures: Mapping[str, Architecture], dtype: Dtype) -> NDArray[Any]:
-    """Normalised values of one segment as they are stored, [N, T].
-
-    Raises:
-        InputError: The checkpoint has changed since it was inspected, or cannot be read any more.
-    """
-    architecture, (_, first, tokens) = architectures[job.architecture], job.segment
-    checkpoint = _opened(job, architecture)
-    scale = None if job.scale is None else torch.tensor(job.scale, dtype=torch.float32)
-    values_NT = np.empty((tokens, architecture.table.token_size), RAW_DTYPES[dtype])
-    buffer_NT: Tensor | None = None
-    for start, stop in _ranges(first, first + tokens, architecture.table.token_size):
-        if buffer_NT is None or len(buffer_NT) != stop - start:
-            buffer_NT = torch.empty(stop - start, architecture.table.token_size)
-        tokenize_range(checkpoint.read, architecture.table, start, stop, out=buffer_NT)
-        architecture.normalization.normalize(buffer_NT, architecture.table, start, scale, out=buffer_NT)
-        values_NT[start - first : stop - first] = to_stored(buffer_NT, dtype)
-    return values_NT
-
-
-def _opened(job: Job, architecture: Architecture) -> Checkpoint:
+def _unchanged(job: Job) -> Checkpoint:
     try:
-        unchanged = look(job.record.path) == (job.size, job.mtime_ns)
-        checkpoint = open_record(job.record) if unchanged else None
+        if look(job.record.path) == (job.size, job.mtime_ns):
+            return open_record(job.record)
     except Exception as error:
         raise InputError(f"{job.record.path}: {why(error, job.record)}") from error
-    if checkpoint is None:
-        raise InputError(
-            f"{job.record.path}: changed while the store was being written; run again when the zoo is complete"
-        )
-    if job.permutations is None:
-        return checkpoint
-    return LoadedCheckpoint(checkpoint.path, permute(checkpoint.state_dict(), architecture.symmetry, job.permutations))
+    raise InputError(
+        f"{job.record.path}: changed while the store was being written; run again when the zoo is complete"
+    )
 
 
 def _ranges(first: int, stop: int, token_size: int) -> Iterator[tuple[int, int]]:

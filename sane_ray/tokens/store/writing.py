@@ -11,7 +11,6 @@ Never leaves a half-written store: everything happens in a hidden sibling folder
 
 from __future__ import annotations
 
-import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,22 +24,23 @@ from torch import Tensor
 
 from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
-from sane_ray.tokens.alignment import Alignment
 from sane_ray.tokens.store import aligning
 from sane_ray.tokens.store.aligning import NOT_ALIGNED, Aligned
 from sane_ray.tokens.store.audit import audit
-from sane_ray.tokens.store.index import Contents, write_contents, write_store_catalog
+from sane_ray.tokens.store.index import Contents, write_alignment, write_contents, write_store_catalog
 from sane_ray.tokens.store.inputs import Inputs, matching
 from sane_ray.tokens.store.inspection import (
     BATCH_BYTES,
     Found,
+    Glance,
     Seen,
     batches,
     describe,
     inspect_batch,
     inspect_share,
+    meta_of,
     shares,
-    why,
+    survey,
 )
 from sane_ray.tokens.store.layout import (
     Part,
@@ -54,7 +54,7 @@ from sane_ray.tokens.store.layout import (
     table_settings,
 )
 from sane_ray.tokens.store.partial import partial_folder
-from sane_ray.tokens.store.progress_bar import checkpoint_bar
+from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.tokens.store.reading import SPLITS, Architecture, Segment, TokenStore
 from sane_ray.tokens.store.token_files import FileJob, Job, Settings, write_part
 from sane_ray.tokens.tokenizer import LayerTable, build_layer_table
@@ -63,11 +63,18 @@ from sane_ray.zoo.readers import Record, bare
 from sane_ray.zoo.splits import assign_splits
 
 _MAX_BLOCKS = 1000
+_LARGE_AT_ONCE = 256
+"""Large checkpoints whose headers the driver holds together."""
 _MAX_TRIED = 20
 
 
 def write_store(
-    records: Sequence[Record], destination: str | Path, config: TokensConfig, *, source: str | Path
+    records: Sequence[Record],
+    destination: str | Path,
+    config: TokensConfig,
+    *,
+    source: str | Path,
+    unread: Sequence[str] = (),
 ) -> TokenStore:
     """Writes the token store of a zoo; does nothing if it is there.
 
@@ -81,19 +88,20 @@ def write_store(
         destination: The store's folder, on a file system that every node shares.
         config: How weights become tokens, and the layout.
         source: Folder of the zoo, for provenance; paths in the store are relative to it.
+        unread: Files that look like weights, but that the zoo's reader did not list; they are named in the catalog.
 
     Raises:
         InputError: Too many unusable checkpoints or architectures, too few models to split, or a destination that holds
             something else or that another run is writing.
     """
     destination = Path(destination).expanduser().absolute()
-    inputs = Inputs.of(records, config, source)
+    inputs = _checked(records, config, source)
     store = matching(inputs, destination)
     if store is not None:
         return store
     with partial_folder(destination) as folder:
         if matching(inputs, destination) is None:  # another run may have finished between the look and the lock
-            _write(inputs, folder)
+            _write(inputs, unread, folder)
     return TokenStore.open(destination)
 
 
@@ -105,7 +113,7 @@ def matching_store(
     Raises:
         InputError: The destination holds a store of other inputs (says what differs), an incomplete one, or no store.
     """
-    return matching(Inputs.of(records, config, source), Path(destination).expanduser().absolute())
+    return matching(_checked(records, config, source), Path(destination).expanduser().absolute())
 
 
 def needs_ray(records: Sequence[Record], config: TokensConfig, *, source: str | Path) -> bool:
@@ -119,19 +127,18 @@ def preview(records: Sequence[Record], config: TokensConfig, *, source: str | Pa
     Raises:
         InputError: Too few models to split, no checkpoint is wanted, or none of the first is readable.
     """
-    inputs = Inputs.of(records, config, source)
-    models = dict.fromkeys((record.model for record in inputs.records), "")
-    splits = Counter(assign_splits(inputs.records, models, config).values())
+    inputs = _checked(records, config, source)
+    splits = Counter(assign_splits(inputs.records, config).values())
     check_splits([splits[split] for split in SPLITS], config)
     table = _first_table(inputs.records, config)
     written = bytes_per_token(table.token_size, config) * table.num_tokens * len(inputs.records) / 1e6
     left_out = f", {len(inputs.unwanted):,} more are not wanted" if inputs.unwanted else ""
     counts = ", ".join(f"{splits[split]:,} {split}" for split in SPLITS)
     return (
-        f"would read {len(inputs.records):,} checkpoints of {len(models):,} models ({counts}), "
+        f"would read {len(inputs.records):,} checkpoints of {sum(splits.values()):,} models ({counts}), "
         f"{sum(inputs.sizes) / 1e6:,.1f} MB{left_out}\n"
-        f"would write about {written:,.1f} MB of {config.dtype} tokens: {table.num_tokens:,} of {table.token_size} "
-        "values a checkpoint, if all are like the first"
+        f"would write about {written:,.1f} MB of {config.dtype} tokens: {table.num_tokens:,} a checkpoint, "
+        f"of {table.token_size} values each, if all are usable and like the first"
     )
 
 
@@ -141,7 +148,8 @@ def audit_zoo(
     config: TokensConfig,
     *,
     source: str | Path,
-    unclaimed: Sequence[str] = (),
+    origin: str | Path = "",
+    unread: Sequence[str] = (),
 ) -> str:
     """Reads a zoo, writes its catalog and says what it holds and what a store would leave out; writes no store.
 
@@ -150,16 +158,17 @@ def audit_zoo(
         catalog: The Parquet file to write; a later ``--source``.
         config: What a store would be made with.
         source: Folder of the zoo.
-        unclaimed: Files that look like weights, but that the zoo's reader did not list.
+        origin: What was read, to be noted in the catalog; empty is the source.
+        unread: Files that look like weights, but that the zoo's reader did not list.
 
     Raises:
         InputError: No checkpoint is wanted, or the catalog cannot be written.
     """
-    inputs = Inputs.of(records, config, source)
+    inputs = _checked(records, config, source)
     found = inspect(inputs)
     pass_over(found, config)
-    write_store_catalog(Path(catalog), found, inputs)
-    return audit(found, inputs.unwanted, config, source=source, sizes=inputs.sizes, unclaimed=unclaimed)
+    write_store_catalog(Path(catalog), found, inputs, unread, origin=str(origin or source))
+    return audit(found, inputs.unwanted, config, source=origin or source, sizes=inputs.sizes, unclaimed=unread)
 
 
 def inspect(inputs: Inputs) -> Found:
@@ -169,41 +178,57 @@ def inspect(inputs: Inputs) -> Found:
     settings = table_settings(inputs.config)
     large = [position for position, size in enumerate(inputs.sizes) if size > BATCH_BYTES]
     small = [position for position, size in enumerate(inputs.sizes) if size <= BATCH_BYTES]
-    with checkpoint_bar("inspect checkpoints", len(inputs.records)) as progress:
+    with progress_bar("inspect checkpoints", sum(inputs.sizes), unit="B") as progress:
         records = [bare(inputs.records[position]) for position in small]
         work = batches(records, [inputs.sizes[position] for position in small])
         for batch, (seen, tables) in zip(work, run(partial(inspect_batch, settings=settings), work), strict=True):
-            for place, one in enumerate(seen, start=batch.first):
-                found.add(small[place], [one], tables)
-            progress.update(len(seen))
-        for position, seen, tables in _inspect_large(large, inputs.records, settings, run):
-            found.add(position, [seen], tables)
-            progress.update()
+            positions = small[batch.first : batch.first + len(seen)]
+            found.add(positions, seen, tables)
+            progress.update(sum(inputs.sizes[position] for position in positions))
+        for start in range(0, len(large), _LARGE_AT_ONCE):
+            _inspect_large(large[start : start + _LARGE_AT_ONCE], found, settings, run, progress.update)
     return found
 
 
 def _inspect_large(
-    positions: Sequence[int], records: Sequence[Record], settings: dict[str, Any], run: Callable[..., Iterator[Any]]
-) -> Iterator[tuple[int, Seen, dict[str, LayerTable]]]:
-    """Checkpoints whose slices are read by many tasks."""
+    positions: Sequence[int],
+    found: Found,
+    settings: dict[str, Any],
+    run: Callable[..., Iterator[Any]],
+    advance: Callable[[float], object],
+) -> None:
+    """Checkpoints whose slices are read by many tasks, where the file can be read in slices."""
+    records = {position: bare(found.records[position]) for position in positions}
     metas: dict[int, dict[str, Tensor]] = {}
-    for position in positions:
-        try:
-            metas[position] = open_record(records[position]).meta
-        except Exception as error:  # one odd file must not end the work on all the others
-            yield position, Seen("", why(error, records[position])), {}
-    work = [share for position, meta in metas.items() for share in shares(position, bare(records[position]), meta)]
-    tables: dict[Any, LayerTable] = {}
-    results = zip(work, run(inspect_share, work), strict=True)
-    for position, group in itertools.groupby(results, lambda result: result[0].position):
-        answers = [answer for _, answer in group]
-        failed = next((answer for answer in answers if isinstance(answer, str)), None)
-        if failed is not None:
-            yield position, Seen("", failed), {}
-            continue
-        glances = [glance for answer in answers for glance in answer]
-        seen = describe(metas[position], glances, settings, tables)
-        yield position, seen, {table.fingerprint: table for table in tables.values()}
+    surveys = run(partial(survey, settings=settings), list(records.values()))
+    for position, (shapes, seen, tables) in zip(positions, surveys, strict=True):
+        if shapes is None:
+            found.add([position], [seen], tables)
+        else:
+            metas[position] = meta_of(shapes)
+    work = [
+        share for position, meta in metas.items() for share in shares(position, bare(found.records[position]), meta)
+    ]
+    glances: dict[int, list[Glance]] = {position: [] for position in metas}
+    for share, answer in zip(work, run(inspect_share, work), strict=True):
+        if isinstance(answer, str):
+            found.add([share.position], [Seen("", answer)], {})
+            glances.pop(share.position, None)
+        elif share.position in glances:
+            glances[share.position] += answer
+        advance(
+            sum((piece.stop - piece.start) * metas[share.position][piece.key].element_size() for piece in share.slices)
+        )
+    tables_by_shape: dict[Any, LayerTable] = {}
+    for position, seen_of_slices in glances.items():
+        seen = describe(metas[position], seen_of_slices, settings, tables_by_shape)
+        found.add([position], [seen], {table.fingerprint: table for table in tables_by_shape.values()})
+
+
+def _checked(records: Sequence[Record], config: TokensConfig, source: str | Path) -> Inputs:
+    inputs = Inputs.of(records, config, source)
+    inputs.check()
+    return inputs
 
 
 def _first_table(records: Sequence[Record], config: TokensConfig) -> LayerTable:
@@ -216,21 +241,22 @@ def _first_table(records: Sequence[Record], config: TokensConfig) -> LayerTable:
     raise InputError(f"none of the first {min(len(records), _MAX_TRIED)} checkpoints can be read; the first: {reason}")
 
 
-def _write(inputs: Inputs, folder: Path) -> None:
+def _write(inputs: Inputs, unread: Sequence[str], folder: Path) -> None:
     """Fills the folder; store.json comes last."""
     found = inspect(inputs)
     rows, architectures = arrange(found, inputs.config)
     parts = plan(rows, inputs.config)
     aligned = _align(rows, inputs) if inputs.config.align == "weights" else NOT_ALIGNED
+    write_alignment(aligned, folder)
     files = _write_parts(parts, architectures, found, aligned, inputs, folder)
-    write_contents(Contents(rows, parts, architectures, files, found, aligned, inputs), folder)
+    write_contents(Contents(rows, parts, architectures, files, found, aligned, inputs, unread), folder)
 
 
 def _align(rows: Sequence[Row], inputs: Inputs) -> Aligned:
     chosen = aligning.references(rows, inputs.config)
     work = aligning.jobs(rows, chosen)
-    alignments: dict[str, Alignment] = {}
-    with checkpoint_bar("align models", sum(len(job.records) for job in work), unit="model") as progress:
+    alignments: aligning.Models = {}
+    with progress_bar("align models", sum(len(job.records) for job in work), unit="model") as progress:
         align = partial(aligning.align, seed=inputs.config.seed)
         for result in _map(align, work, here=inputs.is_small):
             if isinstance(result, str):
@@ -256,7 +282,7 @@ def _write_parts(
     work = [_job(part, found, aligned, inputs) for part in parts]
     files: list[dict[str, Any]] = []
     tokens = sum(job.segment.tokens for job in _segments(work))
-    with checkpoint_bar("write tokens", tokens, unit="token") as progress:
+    with progress_bar("write tokens", tokens, unit="token") as progress:
         results = _map(partial(write_part, settings=settings), work, here=inputs.is_small)
         for job, result in zip(work, results, strict=True):
             if "error" in result:
@@ -281,7 +307,7 @@ def _job(part: Part, found: Found, aligned: Aligned, inputs: Inputs) -> FileJob:
             entry.mtime_ns,
             row.architecture.name,
             scale,
-            aligned.permutations(row.record.model),
+            aligned.holds(row),
         )
 
     return FileJob(

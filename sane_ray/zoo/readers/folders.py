@@ -6,6 +6,7 @@ not be read.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -52,12 +53,18 @@ def scan(
             with os.scandir(folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            _LOG.warning("%s: cannot be read (%s); passed over", folder, error.strerror)
+            _warn_once(folder, error.strerror)
             continue
         yield folder, entries
         deeper = [each for each in entries if each.name[0] != "." and is_folder(each) and descend(each.name)]
         folders += [each.path for each in reversed(deeper) if not each.is_symlink()]
         links += [each.path for each in deeper if each.is_symlink()]
+
+
+@functools.cache
+def _warn_once(folder: str, reason: str) -> None:
+    """Every reader walks through the zoo until one knows it."""
+    _LOG.warning("%s: cannot be read (%s); passed over", folder, reason)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

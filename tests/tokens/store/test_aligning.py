@@ -35,9 +35,13 @@ def zoo(new_zoo: Callable):
     return zoo
 
 
+def row_of(store: TokenStore, name: str) -> dict:
+    return next(row for row in store.models.to_pylist() if row["id"] == name)
+
+
 def weights_of(store: TokenStore, zoo: Path, name: str) -> tuple[dict, dict]:
     """A checkpoint as it was, and as it is stored."""
-    row = next(row for row in store.models.to_pylist() if row["id"] == name)
+    row = row_of(store, name)
     return load_state_dict(zoo / row["source"]), store.state_dict(row["checkpoint"])
 
 
@@ -49,7 +53,7 @@ def test_models_are_brought_together_and_stay_the_same_function(anywhere, zoo):
     for name in store.models["id"].to_pylist():
         model = name.partition("/")[0]
         original, stored = weights_of(store, zoo.path, name)
-        permutations = store.alignment(model)
+        permutations = store.alignment(row_of(store, name)["checkpoint"])
         assert set(permutations) == (set() if model == "model_0" else set(architecture.symmetry.sizes))
         before.append(sum((original[key] - origin[key]).square().sum() for key in stored))
         after.append(sum((stored[key] - origin[key]).square().sum() for key in stored))
@@ -68,7 +72,7 @@ def test_without_alignment_weights_are_stored_as_they_are(zoo):
     store = zoo.prepare("store", **EXACT)
     original, stored = weights_of(store, zoo.path, "model_3/0")
     assert all(torch.equal(original[key], stored[key]) for key in stored)
-    assert store.alignment("model_3") == {} and "none: weights as they were found" in summarize(store)
+    assert store.alignment(0) == {} and "none: weights as they were found" in summarize(store)
 
 
 def test_the_first_training_model_is_the_reference_unless_one_is_named(zoo):
@@ -79,7 +83,7 @@ def test_the_first_training_model_is_the_reference_unless_one_is_named(zoo):
 
 def test_a_reference_that_is_not_there_is_refused(zoo, tmp_path: Path):
     with pytest.raises(
-        InputError, match=r"tokens\.align_to is 'nobody': no such model in the store; take one of model_0"
+        InputError, match=r"tokens\.align_to is 'nobody': no such model in the zoo; take one of model_0"
     ):
         zoo.prepare("store", align="weights", align_to="nobody", **EXACT)
     assert not (tmp_path / "store").exists()
@@ -87,4 +91,20 @@ def test_a_reference_that_is_not_there_is_refused(zoo, tmp_path: Path):
 
 def test_networks_without_known_symmetry_stay_as_they_are(new_zoo: Callable):
     store = new_zoo(models=4, epochs=1).prepare("store", align="weights", **EXACT)
-    assert store.index["alignment"]["references"] == {} and store.alignment("model_00") == {}
+    assert store.index["alignment"]["references"] == {} and store.alignment(0) == {}
+
+
+def test_a_model_that_changes_its_shape_is_aligned_in_each(zoo):
+    wide = {key: tuple(2 * size if size in (9, 12) else size for size in shape) for key, shape in SHAPES.items()}
+    for model in (1, 2, 3):
+        zoo.add(f"model_{model}", 2, zoo.weights(100 + model, wide))
+    store = zoo.prepare("store", align="weights", max_architectures=2, split=[1.0, 0.0, 0.0], **EXACT)
+    assert len(store.index["alignment"]["references"]) == 2
+    for row in store.models.to_pylist():
+        permutations = store.alignment(row["checkpoint"])
+        original, stored = weights_of(store, zoo.path, row["id"])
+        if permutations:
+            original = permute(original, store.architecture_of(row["checkpoint"]).symmetry, permutations)
+        assert all(torch.equal(original[key], stored[key]) for key in stored), row["id"]
+    assert store.alignment(row_of(store, "model_2/2")["checkpoint"]) != {}
+    assert store.alignment(row_of(store, "model_2/1")["checkpoint"]) != {}

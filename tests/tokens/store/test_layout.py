@@ -9,7 +9,7 @@ from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import Normalization
 from sane_ray.tokens.store import SPLITS, Architecture
 from sane_ray.tokens.store.inspection import Found, Seen
-from sane_ray.tokens.store.layout import Row, _hints, arrange, check_splits, plan
+from sane_ray.tokens.store.layout import Row, arrange, check_splits, hints, plan
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tokens.tokenizer import build_layer_table
 from sane_ray.zoo.catalog import Record
@@ -78,10 +78,11 @@ def test_heads_are_told_apart_only_where_all_models_have_as_many():
     def of(**config: object) -> Record:
         return Record("a/0", "a", 0, "", config=config)
 
-    assert _hints([of(num_attention_heads=4, seed=1), of(num_attention_heads=4, seed=2)])["num_attention_heads"] == 4
-    assert _hints([of(num_attention_heads=4), of(num_attention_heads=8)]) == {}
-    assert _hints([of(num_attention_heads=4), of()]) == {}
-    assert _hints([of(num_attention_heads=4), of(num_attention_heads=4, position="alibi")]) == {}
+    four = of(num_attention_heads=4, seed=1, kind="CNN")
+    assert hints([four, of(num_attention_heads=4, seed=2, kind="CNN")]) == {"num_attention_heads": 4, "kind": "CNN"}
+    assert hints([four, of(num_attention_heads=8, seed=2, kind="CNN")]) == {"kind": "CNN"}
+    assert hints([four, of(seed=1)]) == {"seed": 1}
+    assert hints([four, of(num_attention_heads=4, position="alibi", seed=1)]) == {"seed": 1}
 
 
 def test_a_checkpoint_that_does_not_fit_the_format_does_not_count_in_the_statistics():
@@ -95,9 +96,11 @@ def test_a_checkpoint_that_does_not_fit_the_format_does_not_count_in_the_statist
 
     config = TokensConfig(split=[1.0, 0.0, 0.0], max_skipped=0.2)
     good = Found.nothing(records[:5])
-    good.add(0, [seen(number, 0.5, 3.0) for number in range(5)], {table.fingerprint: table})
+    good.add(range(5), [seen(number, 0.5, 3.0) for number in range(5)], {table.fingerprint: table})
     with_wild = Found.nothing(records)
-    with_wild.add(0, [*(seen(number, 0.5, 3.0) for number in range(5)), seen(5, 9.0, 1e9)], {table.fingerprint: table})
+    with_wild.add(
+        range(6), [*(seen(number, 0.5, 3.0) for number in range(5)), seen(5, 9.0, 1e9)], {table.fingerprint: table}
+    )
     (rows_of_good, (expected,)), (kept, (found,)) = arrange(good, config), arrange(with_wild, config)
     assert [row.record.id for row in kept] == [row.record.id for row in rows_of_good]
     assert "weight reaches 1e+09 after normalisation, too large for float16" in with_wild.reasons[5]

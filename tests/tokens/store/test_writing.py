@@ -204,7 +204,7 @@ def test_copies_are_left_out_and_kept_on_demand(new_zoo: Callable):
     assert [(row["id"], row["reason"]) for row in store.skipped] == [
         ("model_03/7", "has the same weights as model_00/0")
     ]
-    assert store.index["left_out"] == {"unusable": 0, "not wanted": 1}
+    assert store.index["left_out"] == {"unusable": 0, "not wanted": 1, "not read": 0}
     assert len(zoo.prepare("all", duplicates="keep").models) == 5
 
 
@@ -435,7 +435,7 @@ def a_job(path: Path, folder: Path) -> tuple[FileJob, Settings]:
     torch.save(weights, path)
     normalization = Normalization("none", np.zeros(1), np.ones(1))
     architecture = Architecture("a", build_layer_table(weights), Symmetry({}, {}), normalization)
-    job = Job(Segment(0, 0, 2), Record("a/0", "a", 0, str(path)), *look(str(path)), "a", None, None)
+    job = Job(Segment(0, 0, 2), Record("a/0", "a", 0, str(path)), *look(str(path)), "a", None, False)
     return FileJob("part.parquet", [[job]]), Settings(str(folder), "float16", [architecture.to_dict()])
 
 
@@ -456,7 +456,9 @@ def test_a_file_that_cannot_be_written(tmp_path: Path):
 
 def test_preview_says_what_would_be_read_and_written(shared_zoo):
     text = preview(discover(shared_zoo.path), TokensConfig(), source=shared_zoo.path)
-    assert "20 checkpoints of 10 models (" in text and " train, " in text and "19 of 17 values a checkpoint" in text
+    assert (
+        "20 checkpoints of 10 models (" in text and " train, " in text and "19 a checkpoint, of 17 values each" in text
+    )
 
 
 def test_preview_refuses_a_zoo_too_small_to_split(new_zoo: Callable):
@@ -477,4 +479,4 @@ def test_the_index_is_json_for_everyone(shared_store: TokenStore, shared_zoo):
     index = json.loads((shared_store.path / "store.json").read_text())
     assert index["format"] == "sane_ray token store" and index["version"] == 2
     assert index["inputs"]["source"] == str(shared_zoo.path) and index["inputs"]["tokens"]["dtype"] == "float16"
-    assert index["split"]["seed"] == 0 and index["left_out"] == {"unusable": 0, "not wanted": 0}
+    assert index["split"]["seed"] == 0 and index["left_out"] == {"unusable": 0, "not wanted": 0, "not read": 0}
