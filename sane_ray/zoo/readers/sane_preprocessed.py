@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,11 @@ import torch
 from torch import Tensor
 
 from sane_ray.errors import InputError
+from sane_ray.zoo import checkpoint
 from sane_ray.zoo.checkpoint import Checkpoint, LoadedCheckpoint
 from sane_ray.zoo.readers import Record, Value
 from sane_ray.zoo.readers.folders import walk
+from sane_ray.zoo.tables import clean_text
 
 NAME = "sane_preprocessed"
 LOOKS_FOR = "dataset_torch.<split> folders with sample_<i>.pt in them (data sets prepared by the published SANE code)"
@@ -35,10 +39,14 @@ LOOKS_FOR = "dataset_torch.<split> folders with sample_<i>.pt in them (data sets
 FEW = 10_000
 """Up to so many checkpoints, one sample of each is opened to list its properties and epoch; no more of it is read."""
 
+MOST = 1_000_000
+"""Checkpoints that a data set may say it has; the largest public zoo has a ninth of that."""
+
 _LOG = logging.getLogger(__name__)
 _FOLDER = re.compile(r"dataset_torch\.(.+)")
 _SAMPLE = re.compile(r"sample_(\d+)\.pt")
 _SPLITS = {"train": "train", "val": "val", "test": "test"}
+_EXACT = 2**53  # whole numbers up to here are exact in a float
 _BATCH_NORMS = ("bn", "downsample.1", "batchnorm")
 _AGAIN = "copy it again, or prepare again from the original zoo"
 
@@ -51,7 +59,7 @@ class _Info:
     tokens: int
     properties: tuple[str, ...]
     epochs: tuple[int, ...]
-    standardize: Any
+    standardize: bool | str | None
     zoo: str
 
 
@@ -108,6 +116,8 @@ def _records(root: Path, folder: Path, split: str, samples: Mapping[int, str]) -
     inside = folder.parent.relative_to(root).as_posix() if folder != root else "."
     prefix = split if inside == "." else f"{inside}/{split}"
     properties = _properties(folder, windows, info)
+    deciding = (_beside(folder, kind, split).absolute() for kind in ("info", "normalization"))
+    beside = tuple(str(path) for path in deciding if path.exists())
     config: dict[str, Value] = {}
     if info is not None:
         config = {"standardize": info.standardize, "zoo_path": info.zoo}
@@ -129,6 +139,7 @@ def _records(root: Path, folder: Path, split: str, samples: Mapping[int, str]) -
             config=config,
             reader=NAME,
             member=" ".join(windows[number]),
+            beside=beside,
             split=_SPLITS.get(split),
         )
 
@@ -154,7 +165,7 @@ def _models(
             yield f"model_{number // len(known):06d}", known[place % len(known)]
         return
     for number, value in zip(numbers, epochs, strict=True):
-        yield f"checkpoint_{number:06d}", value if isinstance(value, int) else 0
+        yield f"checkpoint_{number:06d}", value if isinstance(value, int) and value >= 0 else 0
 
 
 def _properties(folder: Path, windows: Mapping[int, Sequence[str]], info: _Info | None) -> dict[int, dict[str, Value]]:
@@ -167,17 +178,20 @@ def _properties(folder: Path, windows: Mapping[int, Sequence[str]], info: _Info 
     found = {}
     for number, names in windows.items():
         try:
-            values = _sample(folder / names[0])["props"].reshape(-1).tolist()
+            sample = _sample(folder / names[0])
+            fits = sample.meta["props"].numel() == len(info.properties)
+            values = sample.read("props").tolist() if fits else []
         except InputError:
             continue  # whoever opens it will be told why
-        if len(values) == len(info.properties):
+        if fits:
             found[number] = {key: _whole(key, value) for key, value in zip(info.properties, values, strict=True)}
     return found
 
 
 def _whole(key: str, value: float) -> Value:
     """The published code keeps all properties in one float tensor; iterations are whole numbers."""
-    return int(value) if key == "training_iteration" and float(value).is_integer() else value
+    is_whole = key == "training_iteration" and math.isfinite(value) and value == int(value) and abs(value) < _EXACT
+    return int(value) if is_whole else value
 
 
 def _beside(folder: Path, kind: str, split: str) -> Path:
@@ -185,12 +199,14 @@ def _beside(folder: Path, kind: str, split: str) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); {_AGAIN}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({str(error)[:200]}); {_AGAIN}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not an object; {_AGAIN}")
     return content
@@ -203,70 +219,81 @@ def _info(folder: Path, split: str) -> _Info | None:
         return None
     try:
         keys = content.get("properties") or content["property_keys"]["result_keys"]
-        checkpoints = int(content["num_samples"])
-        if checkpoints < 1:
+        checkpoints, tokens = int(content["num_samples"]), int(content["max_positions"][0]) + 1
+        if not 1 <= checkpoints <= MOST:
             raise ValueError(f"num_samples is {checkpoints}")
+        if not 1 <= tokens < 2**63:
+            raise ValueError(f"max_positions is {tokens - 1}")
+        standardize = content.get("standardize")
         return _Info(
             checkpoints=checkpoints,
-            tokens=int(content["max_positions"][0]) + 1,
-            properties=tuple(str(key) for key in keys),
+            tokens=tokens,
+            properties=tuple(clean_text(str(key)) for key in keys),
             epochs=tuple(int(epoch) for epoch in content.get("epoch_list") or ()),
-            standardize=content.get("standardize"),
-            zoo=str(content.get("zoo_path")),
+            standardize=standardize if isinstance(standardize, bool | None) else clean_text(str(standardize)),
+            zoo=clean_text(str(content.get("zoo_path"))),
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{path}: lacks what the published code writes there ({type(error).__name__}: {error}); {_AGAIN}"
+            f"{path}: lacks what the published code writes there ({type(error).__name__}: {str(error)[:200]}); {_AGAIN}"
         ) from error
 
 
-def _sample(path: Path) -> dict[str, Tensor]:
-    """One window, memory-mapped: view 0 of 201 is read, not the rest."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file fails in whatever way its bytes happen to lead to
-        raise InputError(
-            f"{path}: missing, damaged, or no sample that can be read without running code "
-            f"({type(error).__name__}); {_AGAIN}"
-        ) from error
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), Tensor) for key in ("w", "m", "p", "props")
-    ):
+def _sample(path: Path) -> Checkpoint:
+    """One window: view 0 of 201 is read when it is asked for, and the rest is not."""
+    sample = checkpoint.open_checkpoint(path)
+    meta = sample.meta
+    if not meta.keys() >= {"w", "m", "p", "props"}:
         raise InputError(f"{path}: lacks one of the tensors w, m, p and props; {_AGAIN}")
-    w_VWT, m_WT, p_W3 = content["w"], content["m"], content["p"]
-    if w_VWT.dim() != 3 or not len(w_VWT) or w_VWT.shape[1:] != m_WT.shape or p_W3.shape != (len(m_WT), 3):
-        shapes = ", ".join(f"{key} {tuple(content[key].shape)}" for key in ("w", "m", "p"))
+    w_VWT, m_WT, p_W3 = meta["w"], meta["m"], meta["p"]
+    if w_VWT.dim() != 3 or not w_VWT.numel() or w_VWT.shape[1:] != m_WT.shape or p_W3.shape != (len(m_WT), 3):
+        shapes = ", ".join(f"{key} {tuple(meta[key].shape)}" for key in ("w", "m", "p"))
         raise InputError(f"{path}: {shapes} are not [views, W, T], [W, T] and [W, 3]; {_AGAIN}")
-    return content
+    if not w_VWT.is_floating_point() or any(meta[key].is_complex() for key in ("m", "p", "props")):
+        kinds = ", ".join(f"{key} {meta[key].dtype}" for key in ("w", "m", "p", "props"))
+        raise InputError(f"{path}: {kinds} are not weights, a mask, positions and properties; {_AGAIN}")
+    return sample
 
 
 def _assemble(paths: Sequence[Path], info: _Info) -> tuple[Tensor, Tensor, Tensor]:
-    """All tokens of a checkpoint from its windows: tokens [N, T], mask [N, T], positions [N, 3]."""
-    there_N = torch.zeros(info.tokens, dtype=torch.bool)
-    parts: list[Tensor] | None = None
+    """All tokens of a checkpoint from its windows: tokens [N, T], mask [N, T], positions [N, 3].
+
+    Nothing of N tokens is made before the windows have been seen to hold as many.
+    """
+    held = torch.empty(0, dtype=torch.int64)
+    windows: list[tuple[Checkpoint, Tensor]] = []
     for path in paths:
         sample = _sample(path)
-        at_W = sample["p"][:, 0].long()
-        if len(at_W) and (int(at_W.min()) < 0 or int(at_W.max()) >= info.tokens):
+        positions_W3 = sample.tensor("p").long()
+        at_W = positions_W3[:, 0]
+        if int(at_W.min()) < 0 or int(at_W.max()) >= info.tokens:
             raise InputError(
                 f"{path}: has a token at {int(at_W.max())}, but a model has {info.tokens} tokens; {_AGAIN}"
             )
-        values = (sample["w"][0].float(), sample["m"].bool(), sample["p"].long())
-        if parts is None:
-            parts = [value.new_zeros(info.tokens, *value.shape[1:]) for value in values]
-        for part, value in zip(parts, values, strict=True):
-            if part.shape[1:] != value.shape[1:]:
-                raise InputError(f"{path}: has tokens of another size than {paths[0].name}; {_AGAIN}")
-            part[at_W] = value
-        there_N[at_W] = True
-        if there_N.all():
-            break
-    if parts is None or not there_N.all():
-        raise InputError(
-            f"{paths[0]}: the {len(paths)} random window(s) of this checkpoint hold {int(there_N.sum())} of its "
-            f"{info.tokens} tokens, and the rest is nowhere; prepare again from the original zoo ({info.zoo})"
-        )
-    return parts[0], parts[1], parts[2]
+        if windows and windows[0][0].meta["w"].shape[2] != sample.meta["w"].shape[2]:
+            raise InputError(f"{path}: has tokens of another size than {paths[0].name}; {_AGAIN}")
+        held = torch.unique(torch.cat([held, at_W]))
+        windows.append((sample, positions_W3))
+        if len(held) == info.tokens:
+            return _joined(windows, info.tokens)
+    raise InputError(
+        f"{paths[0]}: the {len(paths)} random window(s) of this checkpoint hold {len(held)} of its "
+        f"{info.tokens} tokens, and the rest is nowhere; prepare again from the original zoo ({info.zoo[:1000]})"
+    )
+
+
+def _joined(windows: Sequence[tuple[Checkpoint, Tensor]], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [N, T], mask [N, T] and positions [N, 3] of windows that hold all N = ``count`` tokens together."""
+    token_size = windows[0][0].meta["w"].shape[2]
+    tokens_NT, mask_NT = torch.zeros(count, token_size), torch.zeros(count, token_size, dtype=torch.bool)
+    positions_N3 = torch.zeros(count, 3, dtype=torch.int64)
+    for sample, positions_W3 in windows:
+        at_W = positions_W3[:, 0]
+        shape = sample.meta["m"].shape
+        tokens_NT[at_W] = sample.read("w", 0, shape.numel()).reshape(shape).float()
+        mask_NT[at_W] = sample.tensor("m").bool()
+        positions_N3[at_W] = positions_W3
+    return tokens_NT, mask_NT, positions_N3
 
 
 def _layers(folder: Path, tokens_NT: Tensor, mask_NT: Tensor, positions_N3: Tensor) -> list[Tensor]:
@@ -278,7 +305,7 @@ def _layers(folder: Path, tokens_NT: Tensor, mask_NT: Tensor, positions_N3: Tens
         here = slice(start, start + count)
         start += count
         channels = int(positions_N3[here, 2].max()) + 1
-        fits = count % channels == 0 and int(positions_N3[here.start, 1]) == index
+        fits = channels > 0 and count % channels == 0 and int(positions_N3[here.start, 1]) == index
         rows_CR = tokens_NT[here].reshape(channels, -1) if fits else tokens_NT[:0]
         mask_CR = mask_NT[here].reshape(channels, -1) if fits else mask_NT[:0]
         width = int(mask_CR[0].sum()) if fits else 0
@@ -305,15 +332,15 @@ def _restored(folder: Path, split: str, info: _Info, layers: Sequence[Tensor]) -
     names = _names(keys, [values.shape[1] for values in layers])
     if mode not in ("standardize", "minmax") or names is None:
         raise InputError(
-            f"{path}: describes {len(keys)} layers with mode {mode!r}, but {folder.name} has {len(layers)} layers that "
+            f"{path}: describes {len(keys)} layers with mode {reprlib.repr(mode)}, but {folder.name} has {len(layers)} layers that "
             "were normalised by standardize or minmax; it is of another data set: " + _AGAIN
         )
     state_dict: dict[str, Tensor] = {}
     for name, values in zip(names, layers, strict=True):
         try:
             real = _undone(values, name, mode, content.get(name))
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: no usable statistics of {name} ({error}); {_AGAIN}") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{path}: no usable statistics of {name[:200]} ({error}); {_AGAIN}") from error
         module, _, tensor = name.rpartition(".")
         if f"{module}.running_mean" not in names:
             state_dict[name] = real
@@ -357,4 +384,6 @@ def _undone(values: Tensor, name: str, mode: str, statistics: Mapping[str, Any] 
 def _number(statistics: Mapping[str, Any] | None, key: str) -> float:
     if not isinstance(statistics, Mapping) or not isinstance(statistics[key], int | float):
         raise TypeError(f"{key} is no number")
+    if not math.isfinite(statistics[key]):
+        raise ValueError(f"{key} is {statistics[key]}")
     return float(statistics[key])

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from sane_ray.errors import InputError
+from sane_ray.zoo.catalog import discover, open_record, read_catalog, write_catalog
 from sane_ray.zoo.readers import cnn_wild_park
 
 PUBLISHED = Path(__file__).parents[2] / "data" / "wild_park" / "checkpoint.pt"
@@ -293,6 +295,10 @@ def test_files_without_a_model_are_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     "text",
     [
+        "[" * 10**5,
+        '{"test": {"path": ["a/b/checkpoint_1/c.pt"], "score": [[1]], "step": [1]}}',
+        '{"test": {"path": ["a/b/checkpoint_1/c.pt"], "score": [1], "step": ["a"]}}',
+        '{"test": {"path": [3], "score": [1], "step": [1]}}',
         "{",
         "[]",
         '{"dev": {"path": [], "score": [], "step": []}}',
@@ -306,3 +312,155 @@ def test_damaged_splits_are_refused(tmp_path: Path, text: str):
     (tmp_path / "cnn_park_splits.json").write_text(text)
     with pytest.raises(InputError, match=r"cnn_park_splits\.json: not the published splits"):
         cnn_wild_park.discover(tmp_path)
+
+
+def put(root: Path, folder: str, content: object) -> Path:
+    path = root / "run" / folder / "checkpoint.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+WEIGHTS = {"0.weight": torch.ones(4, 3), "0.bias": torch.ones(4)}
+
+
+def test_checkpoints_of_one_step_are_told_apart_by_their_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for number in (2, 7, 9):
+        put(tmp_path, f"checkpoint_{number}", {"model": WEIGHTS, "iteration": 3 + number // 9})
+    assert [record.id for record in discover(tmp_path)] == ["run/2", "run/7", "run/9"]
+    assert "two checkpoints of run have one step" in caplog.text
+
+
+def test_a_damaged_file_does_not_take_the_epoch_of_another(tmp_path: Path):
+    put(tmp_path, "checkpoint_1", {"model": WEIGHTS, "iteration": 3})
+    put(tmp_path, "checkpoint_3", {}).write_bytes(b"damaged")
+    save(tmp_path / "other/checkpoint_1/checkpoint.pt", 0.5, 8)
+    assert [record.id for record in discover(tmp_path)] == ["other/8", "run/1", "run/3"]
+
+
+def test_two_spellings_of_one_number_are_two_checkpoints(tmp_path: Path):
+    for folder in ("checkpoint_1", "checkpoint_000001"):
+        put(tmp_path, folder, {"model": WEIGHTS})
+    records = discover(tmp_path)
+    assert {(record.id, record.epoch) for record in records} == {("run/1", 1), ("run/checkpoint_1", 1)}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_number_that_is_no_epoch_is_passed_over_aloud(tmp_path: Path, zipped: bool, caplog: pytest.LogCaptureFixture):
+    root = tmp_path / "zoo"
+    put(root, "checkpoint_" + "9" * 200, {"model": WEIGHTS})
+    put(root, "checkpoint_4", {"model": WEIGHTS})
+    source = write_zip(root, tmp_path / "zoo.zip") if zipped else root
+    assert [record.id for record in discover(source)] == ["run/4"]
+    assert "the number of its folder is no epoch" in caplog.text
+
+
+def test_a_folder_that_may_not_be_read_is_listed_and_refused(open_folder: Path, unprivileged):
+    put(open_folder, "checkpoint_1", {"model": WEIGHTS})
+    (open_folder / "run/checkpoint_1").chmod(0)
+    try:
+        with unprivileged():
+            (record,) = cnn_wild_park.discover(open_folder)
+            with pytest.raises(InputError, match=r"checkpoint\.pt: cannot be read"):
+                cnn_wild_park.open_checkpoint(record)
+    finally:
+        (open_folder / "run/checkpoint_1").chmod(0o755)
+
+
+def test_a_member_that_was_compressed_twice_is_refused(tmp_path: Path):
+    torch.save({"model": {"weight": torch.zeros(60_000_000)}}, tmp_path / "large.pt")
+    with zipfile.ZipFile(tmp_path / "large.pt") as large, zipfile.ZipFile(tmp_path / "s", "w", 8) as small:
+        for name in large.namelist():
+            small.writestr(name, large.read(name))
+    with zipfile.ZipFile(tmp_path / "zoo.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "s", "run/checkpoint_1/checkpoint.pt")
+        archive.write(tmp_path / "large.pt", "run/checkpoint_2/checkpoint.pt")
+    twice, once = cnn_wild_park.discover(tmp_path / "zoo.zip")
+    with pytest.raises(InputError, match="says it unpacks to 240,"):
+        cnn_wild_park.open_checkpoint(twice)
+    with pytest.raises(InputError, match="says it holds 240,"):
+        cnn_wild_park.open_checkpoint(once)
+
+
+def test_a_small_file_does_not_make_large_settings(tmp_path: Path):
+    nested: list = ["x" * 1000]
+    for _ in range(3):
+        nested = [nested] * 1000
+    config = {"channels": nested, "text": "y" * 10**6, "last": 3}
+    put(tmp_path, "checkpoint_1", {"model": WEIGHTS, "config": {"last": 3} | config})
+    (record,) = cnn_wild_park.discover(tmp_path)
+    assert record.config["last"] == 3
+    assert sum(len(str(value)) for value in record.config.values()) < 10_000
+
+
+def test_a_file_that_makes_much_of_little_is_refused_here_too(tmp_path: Path):
+    path = put(tmp_path, "checkpoint_1", {"model": WEIGHTS, "cache": bytearray(b"abc")})
+    with pytest.raises(InputError, match="holds a bytearray"):
+        cnn_wild_park.open_checkpoint(cnn_wild_park.discover(tmp_path)[0])
+    torch.save({"model": {"weight": torch.ones(1).expand(10**10)}}, path)
+    with pytest.raises(InputError, match="tensor 'weight' says it has 10,000,000,000 values"):
+        cnn_wild_park.open_checkpoint(cnn_wild_park.discover(tmp_path)[0])
+
+
+def odd_tensor() -> torch.Tensor:
+    tensor = torch.ones(3)
+    tensor.detach = "no method"  # type: ignore[method-assign,assignment]
+    return tensor
+
+
+def nest(levels: int) -> dict:
+    content: dict = {}
+    for _ in range(levels):
+        content = {"a": content}
+    return content
+
+
+ODD = [
+    *(None, True, -1, 0, 2**63 - 1, 2**63, -(10**30), 10**5000, 1e30, float("nan"), float("-inf"), 3 + 4j),
+    *("", "x" * 10**5, "\ud800", b"\xff", [], (), {}, set(), [[[]]], nest(100), torch.Size([1]), torch.float16),
+    *({("a/b",): 1}, {None: 1}, {2: 3}, {"a/b": 10**5000, "c/d": 1}, {"\ud800/x": "\ud800"}, {10**5000: 1}, {"a": []}),
+    *({"a/b": float("nan")}, {"x" * 10**5 + "/": 1}, {"a/b": True, "a_b/": 2, "a/b/": torch.ones(3)}, {"": {"": ""}}),
+    *(
+        {"k": [10**5000, "\ud800", b"", {3: {4: {5: 6}}}]},
+        {"0.weight": torch.eye(3).to_sparse()},
+        {"a.b": torch.ones(())},
+    ),
+    *(torch.ones(3), torch.ones(3).to_sparse(), torch.ones(3, device="meta"), odd_tensor(), {"a.w": odd_tensor()}),
+]
+
+
+@pytest.mark.parametrize("field", ["model", "iteration", "last_result", "config", "optimizer", "more", "all"])
+def test_odd_values_end_in_records_or_in_words(tmp_path: Path, field: str):
+    """A good neighbour is always read, whatever stands in one checkpoint."""
+    put(tmp_path, "checkpoint_1", {"model": WEIGHTS, "iteration": 5, "last_result": {"test/acc": 0.5}})
+    for value in ODD:
+        odd = put(
+            tmp_path, "checkpoint_2", value if field == "all" else {"model": WEIGHTS, "iteration": 9, field: value}
+        )
+        records = discover(tmp_path)
+        assert len(records) == 2 and all(0 <= record.epoch < 2**63 for record in records)
+        write_catalog(tmp_path / "catalog.parquet", records, {})
+        assert len(read_catalog(tmp_path / "catalog.parquet")) == 2
+        for record in records:
+            try:
+                assert set(open_record(record).state_dict()) == set(WEIGHTS) or record.path == str(odd)
+            except InputError as error:
+                assert record.path == str(odd) and str(odd) in str(error) and len(str(error)) < 1000
+        (tmp_path / "catalog.parquet").unlink()
+
+
+def test_flipped_bytes_cost_only_their_checkpoint(tmp_path: Path):
+    put(tmp_path, "checkpoint_1", {"model": WEIGHTS, "iteration": 5})
+    path = put(tmp_path, "checkpoint_2", {"model": WEIGHTS, "iteration": 9, "last_result": {"test/acc": 0.5}})
+    content, draw = path.read_bytes(), random.Random(1)
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(3):
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        good, bad = discover(tmp_path)
+        assert open_record(good if good.path != str(path) else bad).state_dict().keys() == WEIGHTS.keys()
+        try:
+            open_record(bad if good.path != str(path) else good).state_dict()
+        except InputError as error:
+            assert str(path) in str(error)
