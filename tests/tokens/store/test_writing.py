@@ -18,9 +18,9 @@ from sane_ray.config import TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import Normalization
 from sane_ray.tokens.store import SPLITS, Architecture, RowGroup, Segment, TokenStore, inspection, writing
-from sane_ray.tokens.store.inputs import look
+from sane_ray.tokens.store.inputs import Inputs, look
 from sane_ray.tokens.store.token_files import FileJob, Job, Settings, write_part
-from sane_ray.tokens.store.writing import matching_store, preview
+from sane_ray.tokens.store.writing import matching_store, preview, write_store
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tokens.tokenizer import build_layer_table
 from sane_ray.zoo.catalog import discover
@@ -300,6 +300,73 @@ def test_other_checkpoints_are_refused_with_what_differs(new_zoo: Callable, tmp_
 
     shutil.rmtree(zoo.path / "model_03")
     assert "1 checkpoints are gone (for example model_03/0)" in refused()
+
+
+def test_all_that_decides_the_weights_decides_the_identity(new_zoo: Callable, tmp_path: Path):
+    zoo = new_zoo(models=4, epochs=1)
+    layout = tmp_path / "layout.csv"
+    layout.write_text("a,b")
+    records = [dataclasses.replace(record, beside=(str(layout),)) for record in discover(zoo.path)]
+
+    def digest(records: list[Record], **config: object) -> str:
+        return Inputs.of(records, TokensConfig(**config), zoo.path).digest
+
+    original = digest(records)
+    layout.write_text("b,a")
+    assert digest(records) != original
+    layout.write_text("a,b")
+    os.utime(layout, ns=(1, 1))
+    assert digest(records) == original
+    assert digest([dataclasses.replace(record, member="7") for record in records]) != original
+    assert digest([dataclasses.replace(record, reader="files") for record in records]) != original
+    assert digest(records, where="  ", align_to="model_00", max_skipped=0.5) == original
+    assert digest(records, align="weights") != digest(records, align="weights", align_to="model_00") != original
+
+
+def test_a_split_or_a_choice_of_readers_is_said_as_the_cause(new_zoo: Callable):
+    zoo = new_zoo(models=5)
+    zoo.prepare("store")
+    with pytest.raises(InputError) as error:
+        zoo.prepare("store", where="epoch == 1")
+    assert "tokens.where was '' and is now 'epoch == 1'" in str(error.value) and "gone" not in str(error.value)
+    with pytest.raises(InputError, match=r"split_by is 'config\.sed'"):
+        zoo.prepare("store", split_by="config.sed")  # the mistake, not that the store is another
+
+
+def test_an_architecture_without_training_models_is_normalised_by_the_kinds_of_its_layers(new_zoo: Callable):
+    zoo = new_zoo(models=6, epochs=1)
+    shapes = {"conv.weight": (6, 1, 5, 5), "conv.bias": (6,), "head.weight": (3, 24), "head.bias": (3,)}
+    zoo.add("other", 0, zoo.weights(1000, shapes))
+    splits = {f"model_{model:02d}": "train" if model < 4 else "val" for model in range(6)} | {"other": "test"}
+    (zoo.path.parent / "splits.json").write_text(json.dumps(splits))
+    store = zoo.prepare(
+        "store", split_file=str(zoo.path.parent / "splits.json"), max_architectures=2, dtype="float32", token_size=26
+    )
+    known, other = store.architectures.values()
+    kinds = {layer.kind: number for number, layer in enumerate(known.table.layers)}
+    for number, layer in enumerate(other.table.layers):
+        assert other.normalization.shift[number] == known.normalization.shift[kinds[layer.kind]]
+        assert other.normalization.scale[number] == known.normalization.scale[kinds[layer.kind]]
+    assert_round_trip(store, zoo.path, 1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["standardize", "minmax", "l2", "none"])
+def test_values_beyond_float32_are_left_out(new_zoo: Callable, normalization: str):
+    zoo = new_zoo(models=5, epochs=1)
+    zoo.add("huge", 0, {key: value.double() * 1e39 for key, value in zoo.weights(7).items()})
+    store = zoo.prepare("store", normalization=normalization, max_skipped=0.2)
+    ((name, reason),) = [(row["id"], row["reason"]) for row in store.skipped]
+    assert name == "huge/0" and reason == "conv.weight holds values that float32 does not"
+
+
+def test_files_that_were_not_read_are_in_the_catalog(new_zoo: Callable):
+    zoo = new_zoo(models=5, epochs=1)
+    store = write_store(
+        discover(zoo.path), zoo.path.parent / "store", TokensConfig(), source=zoo.path, unread=["notes/loose.pt"]
+    )
+    ((name, reason),) = [(row["id"], row["reason"]) for row in store.skipped]
+    assert (name, reason) == ("notes/loose.pt", "not read: the source was read as tune")
+    assert store.index["left_out"]["not read"] == 1 and len(store.considered) == 5
 
 
 def test_the_look_for_a_complete_store_writes_nothing(new_zoo: Callable, tmp_path: Path):
