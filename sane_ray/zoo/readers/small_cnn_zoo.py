@@ -32,6 +32,7 @@ from sane_ray.errors import InputError
 from sane_ray.zoo.checkpoint import Checkpoint, LoadedCheckpoint
 from sane_ray.zoo.readers import Record, Value
 from sane_ray.zoo.readers.folders import walk
+from sane_ray.zoo.tables import plain_value
 
 NAME = "small_cnn_zoo"
 LOOKS_FOR = "folders with weights.npy and layout.csv (Small CNN Zoo)"
@@ -266,8 +267,9 @@ def _models(metrics: pa.Table, steps: list[int]) -> list[str]:
     if "modeldir" not in metrics.column_names:
         starts = np.diff(np.array(steps), prepend=steps[0] + 1 if steps else 0) <= 0  # a run's steps grow
         return [f"run_{number:06d}" for number in (np.cumsum(starts) - 1).tolist()]
-    encoded = metrics["modeldir"].combine_chunks().cast(pa.string()).fill_null("unnamed").dictionary_encode()
-    parts = [value.strip("/").split("/") for value in encoded.dictionary.to_pylist()]
+    encoded = metrics["modeldir"].combine_chunks().dictionary_encode(null_encoding="encode")
+    values = ("unnamed" if value is None else str(plain_value(value)) for value in encoded.dictionary.to_pylist())
+    parts = [value.strip("/").split("/") for value in values]
     depth = 1
     while len({tuple(path[-depth:]) for path in parts}) < len({tuple(path) for path in parts}):
         depth += 1
