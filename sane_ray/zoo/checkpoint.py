@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,7 +60,7 @@ class Checkpoint(ABC):
 
     path: str
     meta: dict[str, Tensor]
-    is_lazy: ClassVar[bool] = False
+    is_lazy: bool = False
 
     @abstractmethod
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:

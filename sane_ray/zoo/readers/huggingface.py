@@ -159,6 +159,7 @@ class TorchShards(Checkpoint):
             _warn_of_extra(index, file, [key for key in shard.meta if key not in files])
         self._shard = {key: shard for file, shard in shards.items() for key in shard.meta if files.get(key) == file}
         self.meta = {key: shard.meta[key] for key, shard in self._shard.items()}
+        self.is_lazy = all(shard.is_lazy for shard in shards.values())
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         """See ``Checkpoint.read``."""

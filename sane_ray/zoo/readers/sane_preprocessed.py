@@ -332,8 +332,8 @@ def _restored(folder: Path, split: str, info: _Info, layers: Sequence[Tensor]) -
     names = _names(keys, [values.shape[1] for values in layers])
     if mode not in ("standardize", "minmax") or names is None:
         raise InputError(
-            f"{path}: describes {len(keys)} layers with mode {reprlib.repr(mode)}, but {folder.name} has {len(layers)} layers that "
-            "were normalised by standardize or minmax; it is of another data set: " + _AGAIN
+            f"{path}: describes {len(keys)} layers with mode {reprlib.repr(mode)}, but {folder.name} has {len(layers)} "
+            "layers that were normalised by standardize or minmax; it is of another data set: " + _AGAIN
         )
     state_dict: dict[str, Tensor] = {}
     for name, values in zip(names, layers, strict=True):

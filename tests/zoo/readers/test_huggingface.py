@@ -105,6 +105,15 @@ def test_shards_are_read_only_where_they_are_asked(tmp_path):
         checkpoint.tensor("layers.0.weight")
 
 
+def test_torch_shards_are_read_lazily_if_all_of_them_can_be(tmp_path):
+    record = only(write_shards(tmp_path / "net", state_dict(), "pytorch_model", "bin"))
+    assert open_checkpoint(record).is_lazy
+    shard = tmp_path / "net" / "pytorch_model-00002-of-00002.bin"
+    torch.save(torch.load(shard), shard, _use_new_zipfile_serialization=False)
+    assert not open_checkpoint(record).is_lazy
+    assert_same(record, state_dict())
+
+
 def test_torch_file_with_tied_weights(tmp_path):
     net = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     net["head"].weight = net["embed"].weight
