@@ -102,7 +102,8 @@ _WEIGHTS = re.compile(
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 _SHARD = re.compile(r"-\d{5}(-of-\d{5}\.)")
 _REQUIRED = ("id", "model", "path", "reader")
-_OPTIONAL = ("epoch", "member", "license", "split", "status")
+_OPTIONAL = ("epoch", "member", "license", "split", "status", "sha256")
+_LISTS = ("parents", "beside")
 _LOOKS_FOR = f"a catalog (Parquet with columns {', '.join(_REQUIRED)})"
 _REMEDY = "name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
 _LOG = logging.getLogger(__name__)
@@ -482,9 +483,8 @@ def write_catalog(
         "reader": text_column([record.reader for record in records]),
         "member": text_column([record.member for record in records]),
         "license": text_column([record.license for record in records]),
-        "parents": pa.array(
-            [[clean_text(name) for name in record.parents] for record in records], pa.list_(pa.string())
-        ),
+        "parents": _list_column([record.parents for record in records]),
+        "beside": _list_column([record.beside for record in records]),
         "split": text_column([record.split for record in records]),
     }
     table |= {name: value_column(list(values)) for name, values in columns.items()}
@@ -544,6 +544,10 @@ def read_catalog(path: str | Path) -> list[Record]:
     return records
 
 
+def _list_column(values: Sequence[Sequence[str]]) -> pa.Array:
+    return pa.array([[clean_text(text) for text in texts] for texts in values], pa.list_(pa.string()))
+
+
 def _written_paths(records: Sequence[Record], folder: Path) -> list[str]:
     inside = f"{folder}{os.sep}"
     return [record.path.removeprefix(inside) for record in records]
@@ -560,14 +564,15 @@ def _is_catalog(path: Path) -> bool:
 
 def _records(table: pa.Table, path: Path) -> Iterator[Record]:
     """Of the rows that are kept. Column by column, for catalogs of many; equal settings become one dictionary."""
-    parents = table["parents"].to_pylist() if "parents" in table.column_names else [None] * len(table)
-    columns = plain_columns(table.drop_columns(["parents"]) if "parents" in table.column_names else table)
-    rows = zip(*(columns.get(name, [None] * len(table)) for name in (*_REQUIRED, *_OPTIONAL)), parents, strict=True)
+    lists = [name for name in _LISTS if name in table.column_names]
+    columns = plain_columns(table.drop_columns(lists)) | {name: table[name].to_pylist() for name in lists}
+    names = (*_REQUIRED, *_OPTIONAL, *_LISTS)
+    rows = zip(*(columns.get(name, [None] * len(table)) for name in names), strict=True)
     properties, configs = _known(columns, "property.", len(table)), _known(columns, "config.", len(table))
     shared: dict[tuple[Any, ...], dict[str, Value]] = {}
     folder = str(path.parent)
     for row, known, settings in zip(rows, properties, configs, strict=True):
-        record = dict(zip((*_REQUIRED, *_OPTIONAL, "parents"), row, strict=True))
+        record = dict(zip(names, row, strict=True))
         if record.pop("status") != LEFT_OUT:
             config = shared.setdefault(tuple(settings.items()), settings)
             yield _record(record, path, folder, known, config)
@@ -602,12 +607,14 @@ def _record(
         reader=str(row["reader"]),
         member=str(row["member"] or ""),
         license=None if row["license"] is None else str(row["license"]),
-        parents=_parents(row["parents"]),
+        parents=_texts(row["parents"]),
+        beside=_texts(row["beside"]),
+        sha256=None if row["sha256"] is None else str(row["sha256"]),
         split=None if split is None else _field("split", split, where),
     )
 
 
-def _parents(value: Any) -> tuple[str, ...]:
+def _texts(value: Any) -> tuple[str, ...]:
     if not value:
         return ()
     return (value,) if isinstance(value, str) else tuple(str(name) for name in value)

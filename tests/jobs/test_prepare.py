@@ -142,6 +142,39 @@ def test_an_audit_tells_all_and_its_catalog_is_a_source(ray_session, tmp_path: P
     capsys.readouterr()
 
 
+def test_weights_that_changed_since_the_audit_are_not_taken(tmp_path: Path, zoo: Path, capsys):
+    job = PrepareJob(source=str(zoo), storage=str(tmp_path), audit=True)
+    prepare.main(job, False)
+    path = zoo / "model_1" / "checkpoint_0" / "checkpoints"
+    torch.save({key: value + 1 for key, value in torch.load(path).items()}, path)
+    catalog = str(tmp_path / "catalogs" / "digits.parquet")
+    prepare.main(PrepareJob(source=catalog, store=str(tmp_path / "store"), tokens=TokensConfig(max_skipped=0.2)), False)
+    output = capsys.readouterr().out
+    assert "model_1/checkpoint_0/checkpoints: its weights have changed since the catalog was written" in output
+    assert TokenStore.open(tmp_path / "store").counts().checkpoints == 7
+
+
+def test_an_audit_overwrites_no_other_catalog(tmp_path: Path, zoo: Path, capsys):
+    job = PrepareJob(source=str(zoo), storage=str(tmp_path), audit=True)
+    prepare.main(job, False)
+    prepare.main(job, False)  # its own may be written again
+    catalog = tmp_path / "catalogs" / "digits.parquet"
+    table = pq.read_table(catalog)
+    pq.write_table(table.slice(0, 3), catalog)  # as a user who removes rows
+    with pytest.raises(InputError, match=r"is not what an audit of .* wrote: name another --catalog, or delete it"):
+        prepare.main(job, False)
+    with pytest.raises(InputError, match="name another --catalog"):
+        prepare.main(dataclasses.replace(job, source=str(catalog)), False)
+    prepare.main(dataclasses.replace(job, source=str(catalog), catalog=str(tmp_path / "mine.parquet")), False)
+    assert len(pq.read_table(catalog)) == 3 and len(pq.read_table(tmp_path / "mine.parquet")) == 3
+
+
+def test_what_cannot_be_aligned_is_said(tmp_path: Path, zoo: Path, capsys):
+    tokens = TokensConfig(align="weights")
+    prepare.main(PrepareJob(source=str(zoo), store=str(tmp_path / "store"), tokens=tokens), False)
+    assert "not aligned: 4 models of architecture network-" in capsys.readouterr().out
+
+
 def test_bad_files_never_stop_the_good_ones(ray_session, tmp_path: Path, capsys):
     zoo = nasty(tmp_path / "models")
     few = TokensConfig(max_architectures=2, split=[1.0, 0.0, 0.0])

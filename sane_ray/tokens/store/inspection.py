@@ -123,7 +123,10 @@ class Found:
             self.tables.setdefault(key, table)
         for position, one in zip(positions, seen, strict=True):
             self.seen[position] = one
-            if one.reason:
+            described = self.records[position].sha256
+            if described is not None and one.sha256 and one.sha256 != described:
+                self.leave_out(position, "its weights have changed since the catalog was written; audit the zoo again")
+            elif one.reason:
                 self.leave_out(position, one.reason)
             else:
                 self.keys[position] = one.key

@@ -39,6 +39,8 @@ class Record:
     """Lineage: the models that this one was made from, such as the base model of a fine-tuned one."""
     beside: tuple[str, ...] = ()
     """Absolute paths of other files that decide what the weights are, such as the layout of an array's columns."""
+    sha256: str | None = None
+    """Of the weights, where a catalog says it; other weights in the file are not the checkpoint that it describes."""
     split: str | None = None
     """``train``, ``val`` or ``test`` where the zoo comes with a published split."""
 
