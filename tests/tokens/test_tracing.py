@@ -429,7 +429,7 @@ def test_inputs_may_be_given_by_name():
 
     inputs = {"x": torch.randn(2, 3), "scale": 2.0}
     assert trace_symmetry(Named(), inputs).sizes == {"first": 5}
-    with pytest.raises(InputError, match="Named cannot be traced"):
+    with pytest.raises(InputError, match="Named does not run on these example inputs"):
         trace_symmetry(Named(), torch.randn(2, 3))
 
 
@@ -444,7 +444,7 @@ def test_a_module_that_cannot_be_traced_is_refused_by_name():
 
     with pytest.raises(InputError, match="Branching cannot be traced"):
         trace_symmetry(Branching(), torch.randn(2, 3))
-    with pytest.raises(InputError, match="Linear cannot be traced"):
+    with pytest.raises(InputError, match="Linear does not run on these example inputs"):
         trace_symmetry(nn.Linear(3, 2), torch.randn(2, 4))
 
 
@@ -523,3 +523,8 @@ def test_whatever_is_tied_cut_and_factored_moves_alike(seed):
     for axis in axes:
         order = moved(space, axis, permutations)
         assert np.array_equal(np.sort(order), np.arange(len(order)))
+
+
+def test_what_is_no_module_is_said():
+    with pytest.raises(InputError, match="a dict cannot be traced: give the torch module itself"):
+        trace_symmetry({"weight": torch.ones(2)}, torch.ones(1))  # type: ignore[arg-type]

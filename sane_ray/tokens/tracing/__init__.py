@@ -7,8 +7,10 @@ permutations that change its outputs are dropped. The module itself is never cha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +56,8 @@ def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any] | M
         InputError: The module does not run on the inputs or on random ones in float64, cannot be traced, or gives the
             same outputs for all inputs, which would prove nothing.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"a {type(module).__name__} cannot be traced: give the torch module itself")
     if isinstance(example_inputs, Mapping):
         example = _Example((), dict(example_inputs))
     else:
@@ -62,18 +66,38 @@ def trace_symmetry(module: nn.Module, example_inputs: Tensor | Sequence[Any] | M
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operation would hide the heads
     try:
         double, example = _in_double(module, example)
-        _outputs(double, example)
-        program = torch.export.export(double, example.args, example.kwargs, strict=False)
-    except Exception as error:  # whatever the module's own code raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{type(module).__name__} cannot be traced in float64 with these example inputs: {reason}; write its "
-            "symmetry by hand, or trace a version without control flow that depends on data"
-        ) from error
+        _run(double, example)
+        program = _exported(double, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
     found = _verified(double, example, _symmetry_of_graph(program, _aliases(module)))
     return dataclasses.replace(found, origin="" if found.is_trivial else "traced and proved")
+
+
+def _run(module: nn.Module, example: _Example) -> None:
+    try:
+        _outputs(module, example)
+    except Exception as error:  # whatever the module's own code raises
+        raise InputError(
+            f"{type(module).__name__} does not run on these example inputs in float64: {_first_line(error)}; give "
+            "inputs of the shapes and types that it takes"
+        ) from error
+
+
+def _exported(module: nn.Module, example: _Example) -> torch.export.ExportedProgram:
+    """The module as a graph; torch's own report of what it cannot follow is kept from the screen."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return torch.export.export(module, example.args, example.kwargs, strict=False)
+    except Exception as error:  # whatever torch cannot follow
+        raise InputError(
+            f"{type(module).__name__} cannot be traced: {_first_line(error)}; trace a version without control flow "
+            "that depends on data"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -315,7 +339,7 @@ def _random_inputs(module: nn.Module, example: _Example, rng: np.random.Generato
     if not draws:
         raise InputError(
             f"{type(module).__name__} does not run on random inputs of the shapes of the example: {reason}; its "
-            "symmetry cannot be proved, write it by hand"
+            "symmetry cannot be proved"
         )
     return draws
 
