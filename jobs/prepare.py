@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -63,7 +65,8 @@ def prepare(config: PrepareJob, zoo: Zoo, destination: Path, dry_run: bool) -> N
     if store is not None:
         print(f"nothing to do: {destination} is complete, and was prepared from these checkpoints and this config")
     elif dry_run:
-        print(f"{preview(records, config.tokens, source=source)}\nfrom {zoo.path}\nto   {destination}")
+        unread = "".join(f"\nnot read: {name}" for name in zoo.unread()[:_LISTED])
+        print(f"{preview(records, config.tokens, source=source)}\nfrom {zoo.path}\nto   {destination}{unread}")
         return
     else:
         with cluster(config, zoo):
@@ -73,11 +76,11 @@ def prepare(config: PrepareJob, zoo: Zoo, destination: Path, dry_run: bool) -> N
 
 def audit(config: PrepareJob, zoo: Zoo, dry_run: bool) -> str:
     """What the source holds; writes its catalog, unless it is a dry run."""
-    if dry_run:
-        return f"would read {len(zoo.records):,} checkpoints of {zoo.path}, and say what they are"
     default = default_storage(config.storage) / "catalogs" / f"{paths(config)[1].name}.parquet"
     catalog = local_path(config.catalog, "catalog") if config.catalog else default
     check_catalog(catalog, zoo)
+    if dry_run:
+        return f"would read {len(zoo.records):,} checkpoints of {zoo.path}, and write what they are to {catalog}"
     with cluster(config, zoo):
         text = audit_zoo(zoo.records, catalog, config.tokens, source=zoo.root, origin=zoo.path, unread=zoo.unread())
     return f"{text}\n\ncatalog {catalog}: the same without what is left out; next: {next_command(catalog)}"
@@ -90,7 +93,7 @@ def next_command(catalog: Path) -> str:
     ]
     architectures = len({row["architecture"] for row in kept})
     needed = f" --tokens.max_architectures {architectures}" if architectures > 1 else ""
-    return f"python jobs/prepare.py --source {catalog}{needed}"
+    return f"python jobs/prepare.py --source {shlex.quote(str(catalog))}{needed}"
 
 
 def check_catalog(catalog: Path, zoo: Zoo) -> None:
@@ -120,7 +123,7 @@ def report(store: TokenStore) -> str:
     counts = store.counts()
     done = (
         f"store {store.path}: {counts.checkpoints:,} checkpoints of {counts.models:,} models, {counts.tokens:,} tokens "
-        f"({store.num_bytes / 1e6:,.1f} MB); next: python jobs/pretrain.py --store {store.path}"
+        f"({store.num_bytes / 1e6:,.1f} MB); next: python jobs/pretrain.py --store {shlex.quote(str(store.path))}"
     )
     return "\n".join([*left_out(store), *not_aligned(store), done])
 
@@ -144,20 +147,19 @@ def not_aligned(store: TokenStore) -> Iterator[str]:
     """Architectures that stayed as they are although alignment was asked for."""
     if store.index["alignment"]["method"] == "none":
         return
-    for name in store.architectures.keys() - store.index["alignment"]["references"].keys():
-        models = {
-            model
-            for model, architecture in zip(
-                *(store.models[c].to_pylist() for c in ("model", "architecture")), strict=True
-            )
-            if architecture == name
-        }
+    pairs = set(zip(*(store.models[column].to_pylist() for column in ("architecture", "model")), strict=True))
+    models = Counter(
+        architecture for architecture, _ in pairs if architecture not in store.index["alignment"]["references"]
+    )
+    for name, count in models.most_common(_LISTED):
         why = (
             "no symmetry is known from its names and shapes; trace it (docs/zoos.md) and pass --tokens.symmetry"
             if store.architectures[name].symmetry.is_trivial
-            else "its models are too large or none of them is in the train split"
+            else "its models are too large, or none of them is in the train split"
         )
-        yield f"not aligned: {len(models):,} models of architecture {name}: {why}"
+        yield f"not aligned: {count:,} models of architecture {name}: {why}"
+    if len(models) > _LISTED:
+        yield f"not aligned: {len(models) - _LISTED:,} architectures more; --inspect {store.path} lists them"
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 Knows no format of weights itself (``zoo/readers`` does), and never opens the weights.
 
 A catalog is plain Parquet, one row a checkpoint: ``id``, ``model``, ``epoch``, ``path``, ``reader``, ``member``,
-``license``, ``parents``, ``split``, a column ``property.<name>`` or ``config.<name>`` for all that is known, and
-whatever else its writer adds (``sha256``, ``status``, ``reason``). Any program may edit it; as a source it stands for
-the zoo. Paths in or below the catalog's own folder are relative to it, so that the two move together; others are
-absolute, so that the catalog may move while the zoo stays.
+``license``, ``parents``, ``split``, a column ``property.<name>`` or ``config.<name>`` for all that is known, ``status``
+and ``reason``, and ``sha256``, which is of the tensors (not of the file) and binds a row to the weights that it
+describes. Any program may edit it; as a source it stands for the zoo. Paths in or below the catalog's own folder are
+relative to it, so that the two move together; others are absolute, so that the catalog may move while the zoo stays.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ def read(source: Source, storage: Path) -> Zoo:
         path, license_name = _unwrapped(folder), download.license_of(folder)
     elif source.is_packed:
         path = _unwrapped(as_folder(path, storage / "zoos"))
-    elif path.is_dir():
-        license_name = download.license_of(path)
+    elif path.is_dir() and (license_name := download.license_of(path)) is not None:
+        path = _unwrapped(path)
     records = discover(path, source.reader)
     root = path if path.is_dir() else path.parent
     if source.properties:
@@ -98,7 +98,7 @@ def name_of(repository: str) -> str:
 
 def _unwrapped(folder: Path) -> Path:
     """The one folder that an archive was made of, so that models have the same names packed and unpacked."""
-    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    inside = [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 

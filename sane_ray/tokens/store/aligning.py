@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from sane_ray.config import TokensConfig
+from sane_ray.errors import InputError
 from sane_ray.tokens.alignment import Alignment, Matcher
+from sane_ray.tokens.store.inputs import look
 from sane_ray.tokens.store.inspection import why
 from sane_ray.tokens.store.layout import Row, is_whole
 from sane_ray.tokens.symmetry import Symmetry
@@ -81,8 +83,16 @@ NOT_ALIGNED = Aligned({}, {})
 def references(rows: Sequence[Row], config: TokensConfig) -> dict[str, Row]:
     """The reference checkpoint of each architecture that can be aligned: the last one of ``tokens.align_to``, else of
     the first training model.
+
+    Raises:
+        InputError: The model ``tokens.align_to`` is not among the rows.
     """
     last = _last_checkpoints(rows)
+    if config.align_to and all(model != config.align_to for model, _ in last):
+        raise InputError(
+            f"config field tokens.align_to is {config.align_to!r}, but that model was left out: name another, or see "
+            "why with --audit"
+        )
     chosen: dict[str, Row] = {}
     for (model, name), row in sorted(last.items(), key=lambda pair: (pair[0][0] != config.align_to, pair[0])):
         table, symmetry = row.architecture.table, row.architecture.symmetry
@@ -113,7 +123,7 @@ def align(job: AlignJob, seed: int) -> Models | str:
     record = job.reference
     aligned: Models = {}
     try:
-        matcher = _matcher(record.path, record.reader, record.member, json.dumps(job.symmetry))
+        matcher = _matcher(record.path, record.reader, record.member, json.dumps(job.symmetry), look(record.path))
         for record in job.records:
             aligned[record.model, job.architecture] = matcher.match(open_record(record).state_dict(), seed=seed)
     except Exception as error:  # told with the file's name
@@ -132,7 +142,7 @@ def _last_checkpoints(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
 
 
 @functools.lru_cache(maxsize=2)
-def _matcher(path: str, reader: str, member: str, symmetry: str) -> Matcher:
-    """A reference, which a process makes ready once."""
+def _matcher(path: str, reader: str, member: str, symmetry: str, seen: tuple[int, int]) -> Matcher:
+    """A reference, which a process makes ready once, and anew when its file is ``seen`` to be another."""
     weights = open_record(Record("", "", 0, path, reader=reader, member=member)).state_dict()
     return Matcher(weights, Symmetry.from_dict(json.loads(symmetry)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ _FILES = ("split_file", "symmetry")
 
 _CHOOSING = ("the source", "tokens.where", "tokens.epochs")
 """Differences that explain why the checkpoints are others."""
+
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+"""What names the shards of a checkpoint that lie beside it."""
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".json")
 """What counts for a checkpoint that is a folder."""
@@ -135,7 +139,7 @@ class Inputs:
 def look(path: str) -> tuple[int, int]:
     """Size and modification time of a checkpoint's file, or of the weight files in its folder; (-1, 0) if missing."""
     try:
-        if path.endswith(".index.json"):
+        if _INDEX.search(path):
             path = os.path.dirname(path)  # noqa: PTH120
         if not os.path.isdir(path):  # noqa: PTH112
             status = os.stat(path)  # noqa: PTH116 - as fast as it gets for a million files
@@ -183,7 +187,7 @@ def _entry(
     record: Record, source: Path, look_at: Callable[[str], tuple[int, int]], digest: Callable[[str], str]
 ) -> Entry:
     known: list[Any] = [record.reader, record.member, record.properties, record.config, record.license, record.parents]
-    known += [record.split, [digest(path) for path in record.beside]]
+    known += [record.split, record.sha256, [digest(path) for path in record.beside]]
     return Entry(clean_text(os.path.relpath(record.path, source)), *look_at(record.path), json_digest(known)[:16])
 
 

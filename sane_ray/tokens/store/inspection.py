@@ -30,6 +30,9 @@ BATCH_CHECKPOINTS, BATCH_BYTES = 256, 64e6
 SLICE_BYTES = 2**24
 """What is read at once. Fixed, because the digest of a checkpoint is one of the digests of its slices."""
 
+_LONGEST_REASON = 500
+"""Letters: a hostile file may have names of any length."""
+
 _RUNNING = (".running_mean", ".running_var")
 
 
@@ -111,7 +114,7 @@ class Found:
 
     def leave_out(self, position: int, reason: str) -> None:
         """Takes a checkpoint that cannot be used from the usable ones."""
-        self.keys[position], self.reasons[position] = None, reason
+        self.keys[position], self.reasons[position] = None, reason[:_LONGEST_REASON]
 
     def pass_over(self, position: int, reason: str) -> None:
         """Takes a checkpoint that is not wanted from the usable ones."""
@@ -125,7 +128,9 @@ class Found:
             self.seen[position] = one
             described = self.records[position].sha256
             if described is not None and one.sha256 and one.sha256 != described:
-                self.leave_out(position, "its weights have changed since the catalog was written; audit the zoo again")
+                self.leave_out(
+                    position, "its weights are not those of the catalog (sha256 of its tensors); audit the zoo again"
+                )
             elif one.reason:
                 self.leave_out(position, one.reason)
             else:

@@ -175,8 +175,8 @@ class TokenStore:
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """Checkpoints of the zoo that are not in the store: rows of the catalog, with ``id``, ``path``, ``reason``."""
-        return self.catalog.filter(pc.field("status") == "left out").to_pylist()
+        """Checkpoints and files of the zoo that are not in the store: ``id``, ``source`` (path in it), ``reason``."""
+        return self.catalog.filter(pc.field("status") == "left out").select(["id", "source", "reason"]).to_pylist()
 
     @property
     def considered(self) -> list[dict[str, Any]]:

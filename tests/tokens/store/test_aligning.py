@@ -108,3 +108,24 @@ def test_a_model_that_changes_its_shape_is_aligned_in_each(zoo):
         assert all(torch.equal(original[key], stored[key]) for key in stored), row["id"]
     assert store.alignment(row_of(store, "model_2/2")["checkpoint"]) != {}
     assert store.alignment(row_of(store, "model_2/1")["checkpoint"]) != {}
+
+
+def test_a_reference_that_was_rewritten_is_read_anew(zoo):
+    first = zoo.prepare("first", align="weights", align_to="model_0", **EXACT)
+    path = zoo.path / "model_0" / "checkpoint_000001" / "checkpoints"
+    torch.save(zoo.weights(12345, SHAPES), path)
+    second = zoo.prepare("second", align="weights", align_to="model_0", **EXACT)
+    after = [table["similarity_after"].to_pylist() for table in map(alignments_of, (first, second))]
+    assert min(after[0]) > max(after[1])  # nothing is like random weights
+
+
+def test_a_reference_that_was_left_out_is_said(zoo):
+    broken = zoo.weights(1, SHAPES)
+    for epoch in (2, 3):
+        zoo.add("model_8", epoch, broken | {"0.bias": torch.full((12,), torch.nan)})
+    with pytest.raises(InputError, match=r"align_to is 'model_8', but that model was left out"):
+        zoo.prepare("store", align="weights", align_to="model_8", max_skipped=0.5, **EXACT)
+
+
+def alignments_of(store: TokenStore):
+    return pq.read_table(store.path / "alignment.parquet")

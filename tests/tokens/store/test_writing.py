@@ -547,3 +547,13 @@ def test_the_index_is_json_for_everyone(shared_store: TokenStore, shared_zoo):
     assert index["format"] == "sane_ray token store" and index["version"] == 2
     assert index["inputs"]["source"] == str(shared_zoo.path) and index["inputs"]["tokens"]["dtype"] == "float16"
     assert index["split"]["seed"] == 0 and index["left_out"] == {"unusable": 0, "not wanted": 0, "not read": 0}
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "model.safetensors.index.fp16.json"])
+def test_shards_decide_what_an_index_stands_for(tmp_path: Path, index: str):
+    (tmp_path / index).write_text("{}")
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"x" * 1000)
+    before = look(str(tmp_path / index))
+    assert before[0] >= 1000
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"y" * 1001)
+    assert look(str(tmp_path / index)) != before
