@@ -149,7 +149,7 @@ def not_aligned(store: TokenStore) -> Iterator[str]:
         return
     pairs = set(zip(*(store.models[column].to_pylist() for column in ("architecture", "model")), strict=True))
     models = Counter(
-        architecture for architecture, _ in pairs if architecture not in store.index["alignment"]["references"]
+        architecture for architecture, _ in sorted(pairs) if architecture not in store.index["alignment"]["references"]
     )
     for name, count in models.most_common(_LISTED):
         why = (
