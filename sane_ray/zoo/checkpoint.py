@@ -93,7 +93,9 @@ class LoadedCheckpoint(Checkpoint):
         self._tensors = {key: _plain(path, key, value) for key, value in state_dict.items()}
         for key, value in self._tensors.items():
             if value.is_meta:
-                raise InputError(f"{path}: tensor {key!r} has no values (device meta); save it from a loaded model")
+                raise InputError(
+                    f"{path}: tensor {key[:100]!r} has no values (device meta); save it from a loaded model"
+                )
         self.meta = {key: _meta(value.shape, value.dtype) for key, value in self._tensors.items()}
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -164,7 +166,7 @@ class SafetensorsCheckpoint(StoredCheckpoint):
             for key, file in files.items():
                 if key not in headers[file]:
                     raise InputError(
-                        f"{path}: says that {file} holds tensor {key!r}, which is not there; get both again"
+                        f"{path}: says that {file} holds tensor {key[:100]!r}, which is not there; get both again"
                     )
             tensors = {key: headers[file][key] for key, file in files.items()}
         if not tensors:
@@ -395,7 +397,7 @@ def state_dict_in(content: Any, path: str | Path, size: int) -> dict[str, Tensor
         raise InputError(f"{path}: {_what_instead(content)}; save model.state_dict() there, or remove it from the zoo")
     for key, value in state_dict.items():
         if isinstance(value, _Array):
-            raise InputError(f"{path}: {key!r} is a numpy array, not a tensor; save it with torch.from_numpy")
+            raise InputError(f"{path}: {key[:100]!r} is a numpy array, not a tensor; save it with torch.from_numpy")
     tensors = {key: _plain(path, key, value) for key, value in state_dict.items() if isinstance(value, Tensor)}
     _refuse_blown_up(path, tensors, size)
     of_lightning = isinstance(content, Mapping) and _LIGHTNING in content
@@ -424,9 +426,9 @@ def _what_instead(content: Any) -> str:
         return f"holds a {kind}, not a state dict"
     for key, value in content.items():
         if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
-            return f"holds tensors without names, in a list under {key!r}, not a state dict"
+            return f"holds tensors without names, in a list under {str(key)[:100]!r}, not a state dict"
         if isinstance(value, _Array):
-            return f"{key!r} is a numpy array, not a tensor"
+            return f"{str(key)[:100]!r} is a numpy array, not a tensor"
     if any(isinstance(value, Tensor) for value in content.values()):
         return "holds tensors under keys that are no names, not a state dict"
     return "no tensors in it that are a model's weights"
@@ -447,14 +449,14 @@ def _plain(path: str | Path, key: str, tensor: Tensor) -> Tensor:
     """The tensor, if its values lie in memory as numbers one after the other."""
     tensor = Tensor.detach(tensor)  # without attributes that a file may put over its methods
     if tensor.is_quantized:
-        raise InputError(f"{path}: tensor {key!r} is quantised; save its dequantize() in its place")
+        raise InputError(f"{path}: tensor {key[:100]!r} is quantised; save its dequantize() in its place")
     if tensor.is_nested or tensor.layout != torch.strided:
         kind = "nested" if tensor.is_nested else tensor.layout
         raise InputError(
-            f"{path}: tensor {key!r} is {kind}; save a dense tensor (to_dense, to_padded_tensor) in its place"
+            f"{path}: tensor {key[:100]!r} is {kind}; save a dense tensor (to_dense, to_padded_tensor) in its place"
         )
     if tensor.is_conj() or tensor.is_neg():
-        raise InputError(f"{path}: tensor {key!r} is a lazy conjugate; save its resolve_conj().resolve_neg()")
+        raise InputError(f"{path}: tensor {key[:100]!r} is a lazy conjugate; save its resolve_conj().resolve_neg()")
     return tensor
 
 
@@ -613,7 +615,8 @@ def _safetensors_header(path: Path) -> dict[str, StoredTensor]:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
-            f"{path}: truncated, or not a safetensors file ({error}); copy or download it again, or remove it"
+            f"{path}: truncated, or not a safetensors file ({str(error)[:300]}); copy or download it again, or remove "
+            "it"
         ) from error
 
 
@@ -627,7 +630,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _dtype(path: Path, key: str, entry: Mapping[str, Any]) -> torch.dtype:
     if entry["dtype"] not in _DTYPES:
         raise InputError(
-            f"{path}: tensor {key!r} has the number format {entry['dtype']}, which torch cannot hold; "
+            f"{path}: tensor {key[:100]!r} has the number format {str(entry['dtype'])[:100]}, which torch cannot hold; "
             f"save it as one of {', '.join(_DTYPES)}"
         )
     return _DTYPES[entry["dtype"]]
@@ -642,7 +645,7 @@ def _open_zip(path: Path) -> Checkpoint:
         if all(each.offset in records for each in stored.values()):
             for key, each in stored.items():
                 if (int(each.view.storage_offset()) + _span(each.view)) * each.view.itemsize > records[each.offset]:
-                    raise InputError(f"{path}: damaged: tensor {key!r} is larger than its record; copy it again")
+                    raise InputError(f"{path}: damaged: tensor {key[:100]!r} is larger than its record; copy it again")
             return StoredCheckpoint(path, stored)
     return _loaded(path)
 
@@ -847,6 +850,8 @@ def load_safely(
 
 
 _CHUNK = 1 << 24
+_PICKLES = 5
+"""Of a legacy file, at its start; a zip's member has one."""
 _GROWING = re.compile(rb"\n(?:bytearray|encode)\n")
 _GROWING_CODECS = re.compile(r"(hex|base.?64|quopri|quoted.?printable|uu)(.codec)?", re.IGNORECASE)
 
@@ -855,22 +860,29 @@ def _refuse_growth(file: IO[bytes], name: str | Path, packed: int | None) -> Non
     """Refuses a file that makes much of little: by compression, or by what torch lets a pickle call.
 
     These are ``bytearray(10**9)``, and ``_codecs.encode`` to codecs that write bytes as more bytes, again and again.
-    No stand-in can take their place, as torch has its own. Nothing is executed to find them.
+    No stand-in can take their place, as torch has its own. What makes much time of little is refused too (``_Walk``).
+    Nothing is executed to find them.
     """
     file.seek(0)
     if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
-        file.seek(0)
-        if _names_growing(file):
-            file.seek(0)
-            _refuse_growing_calls(file, name)
+        _refuse_pickles(file, name)
         return
     with _archive(file, name, packed) as archive:
         for entry in archive.infolist():
             if _is_pickle(entry):
-                content = BytesIO(archive.read(entry))
-                if _names_growing(content):
-                    content.seek(0)
-                    _refuse_growing_calls(content, name)
+                _refuse_pickles(BytesIO(archive.read(entry)), name)
+
+
+def _refuse_pickles(file: IO[bytes], name: str | Path) -> None:
+    file.seek(0)
+    if _names_growing(file):
+        file.seek(0)
+        _refuse_growing_calls(file, name)
+    file.seek(0)
+    walk = _Walk(file, name)
+    for _ in range(_PICKLES):
+        if not walk.one_pickle():
+            return
 
 
 def _names_growing(file: IO[bytes]) -> bool:
@@ -902,13 +914,149 @@ def _refuse_growing_calls(file: IO[bytes], name: str | Path) -> None:
 
 
 def _operations(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    """Operations of the pickles at the start of a file: one in a zip's, five in a legacy file."""
-    for _ in range(5):
+    """Operations of the pickles at the start of a file."""
+    for _ in range(_PICKLES):
         try:
             for operation, argument, _place in pickletools.genops(file):
                 yield operation.name, argument
         except ValueError:
             return  # here, or where torch finds it too, the pickles end
+
+
+_LONGEST_NAME = 300
+_FREE_WORK = 1_000_000
+_WORK_AN_OPERATION = 100
+
+_SKIPPED = {b"M": 2, b"J": 4, b"G": 8, b"K": 1, b"N": 0, b"\x88": 0, b"\x89": 0}
+"""Numbers and the like: bytes of the argument."""
+_COUNTED = {b"X": 4, b"U": 1, b"\x8a": 1}
+"""Texts and long integers: bytes of the length before them."""
+_PUTS = {b"q": 1, b"r": 4}
+_GETS = {b"h": 1, b"j": 4}
+_TUPLES = {b")": 0, b"\x85": 1, b"\x86": 2, b"\x87": 3}
+
+
+class _Walk:
+    """The pickles of a file, followed as torch follows them, with counts in the place of objects.
+
+    Refuses what would keep torch busy for longer than the file is large, before torch sees it: long names of classes,
+    which torch puts into a message that it searches in quadratic time; tuples of tuples that hold one another again
+    and again, whose hash takes time exponential in their depth (or, deep enough, more stack than there is); calls with
+    the same long list again and again; and calls of what is no function, whose text torch would put into a message.
+
+    In the place of an object is a number: itself and all that it holds, counted as often as it is held; in a list of
+    its own where it can grow, in a tuple where it cannot. Ends without a word where the file ends or where there is an
+    operation that torch does not know: torch ends there, too.
+    """
+
+    _ATOM = (1,)
+    _CLASS = (1, 0)
+
+    def __init__(self, file: IO[bytes], name: str | Path) -> None:
+        self._file, self._name = file, name
+        self._operations = self._work = 0
+
+    def one_pickle(self) -> bool:
+        """Whether it came to an end as one."""
+        self._stack: list[Sequence[int]] = []
+        self._outer: list[list[Sequence[int]]] = []
+        self._memo: dict[int, Sequence[int]] = {}
+        read = self._file.read
+        try:
+            while (code := read(1)) and code != b".":
+                self._operations += 1
+                if code in _SKIPPED:
+                    read(_SKIPPED[code])
+                    self._stack.append(self._ATOM)
+                elif code in _COUNTED:
+                    self._file.seek(self._number(_COUNTED[code]), 1)
+                    self._stack.append(self._ATOM)
+                elif code in _PUTS:
+                    self._memo[self._number(_PUTS[code])] = self._stack[-1]
+                elif code in _GETS:
+                    self._stack.append(self._memo[self._number(_GETS[code])])
+                    if isinstance(self._stack[-1], tuple):  # what grows has no hash, and costs nothing until it is used
+                        self._charge(self._stack[-1])
+                elif code in _TUPLES:
+                    self._build_tuple([self._stack.pop() for _ in range(_TUPLES[code])])
+                elif not self._other(code):
+                    return False
+        except (IndexError, KeyError):  # of a damaged file: torch fails there with the same
+            return False
+        return code == b"."
+
+    def _number(self, length: int) -> int:
+        return int.from_bytes(self._file.read(length), "little")
+
+    def _other(self, code: bytes) -> bool:
+        """One of the rarer operations; False if torch does not know it."""
+        match code:
+            case b"(":
+                self._outer.append(self._stack)
+                self._stack = []
+            case b"t":
+                self._build_tuple(self._pop_mark())
+            case b"]" | b"}" | b"\x8f":
+                self._stack.append([1])
+            case b"a":
+                self._put_in([self._stack.pop()])
+            case b"s":
+                self._put_in([self._stack.pop(), self._stack.pop()])
+            case b"e" | b"u":
+                self._put_in(self._pop_mark())
+            case b"c":
+                self._read_name()
+            case b"R" | b"\x81" | b"b":
+                self._call(self._stack.pop(), is_build=code == b"b")
+            case b"Q":
+                self._stack[-1] = self._ATOM
+            case b"\x80":
+                self._file.read(1)
+            case _:
+                return False
+        return True
+
+    def _pop_mark(self) -> list[Sequence[int]]:
+        items, self._stack = self._stack, self._outer.pop()
+        return items
+
+    def _build_tuple(self, items: list[Sequence[int]]) -> None:
+        self._stack.append((1 + sum(item[0] for item in items),))
+        self._charge(self._stack[-1])
+
+    def _put_in(self, items: list[Sequence[int]]) -> None:
+        into = self._stack[-1]
+        if not isinstance(into, list):
+            raise IndexError  # torch refuses it, too
+        into[0] = min(into[0] + sum(item[0] for item in items), 1 << 60)  # lists may double without being used
+
+    def _read_name(self) -> None:
+        for _ in range(2):
+            if len(self._file.readline(_LONGEST_NAME + 1)) > _LONGEST_NAME:
+                raise InputError(
+                    f"{self._name}: names a class with more than {_LONGEST_NAME} letters, so it is refused; save "
+                    "model.state_dict() alone, or remove it from the zoo"
+                )
+        self._stack.append(self._CLASS)
+
+    def _call(self, arguments: Sequence[int], is_build: bool) -> None:
+        self._charge(arguments)
+        if is_build:
+            return
+        if self._stack[-1] is not self._CLASS:
+            raise InputError(
+                f"{self._name}: calls what is no function or class, so it is refused; save model.state_dict() alone, "
+                "or remove it from the zoo"
+            )
+        self._stack[-1] = [arguments[0]]
+
+    def _charge(self, used: Sequence[int]) -> None:
+        self._work += used[0] - 1
+        if self._work > _FREE_WORK + _WORK_AN_OPERATION * self._operations:
+            raise InputError(
+                f"{self._name}: holds the same values in one another again and again, which would take very long to "
+                "read, so it is refused; save model.state_dict() alone, or remove it from the zoo"
+            )
 
 
 def _reason(error: Exception) -> str:

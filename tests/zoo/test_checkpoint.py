@@ -800,6 +800,99 @@ def test_calls_that_fill_the_memory_are_refused_and_not_made(tmp_path: Path, for
         open_checkpoint(path)
 
 
+def text(length: int) -> bytes:
+    return b"X" + length.to_bytes(4, "little") + b"a" * length
+
+
+def doubled(first: bytes, pair: bytes, times: int) -> bytes:
+    """``first``, and then ``times`` over a pair of what was there before; the last one stays on the stack."""
+    steps = (pair.replace(b"?", b"h" + bytes([i])) + b"q" + bytes([i + 1]) for i in range(times))
+    return first + b"q\x00" + b"".join(steps)
+
+
+TUPLES = doubled(b")", b"??\x86", 45)
+LISTS = doubled(b"]", b"](??e", 45)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "third of legacy"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"c" + b"a" * 10_000_000 + b"\nb\n", "names a class with more than 300 letters"),
+        (b"ca\n" + b"GLOBAL " * 1_000_000 + b"\n", "names a class with more than 300 letters"),
+        (b"c" + "é".encode() * 10_000_000 + b"\nb\n", "names a class with more than 300 letters"),
+        (text(10_000_000) + b")R", "calls what is no function or class"),
+        (text(10_000_000) + b")\x81", "calls what is no function or class"),
+        (LISTS + b")R", "calls what is no function or class"),
+        (TUPLES + b"}h\x2dK\x01s", "holds the same values in one another again and again"),
+        (doubled(b")", b"(??t", 45) + b"}(h\x2dK\x01u", "holds the same values in one another again and again"),
+        (b"})" + b"\x85" * 1_000_000 + b"K\x01s", "holds the same values in one another again and again"),
+        (LISTS + b"ccollections\nCounter\nh\x2d\x85R", "holds the same values in one another again and again"),
+    ],
+    ids=["module", "name", "not ascii", "call", "new", "lists", "tuples", "marked", "deep", "argument"],
+)
+def test_what_would_keep_torch_busy_for_ages_is_refused(tmp_path: Path, form: str, content: bytes, message: str):
+    content = b"\x80\x02" + content + b"."
+    if form == "zip":
+        content = zip_archive(**{"archive/data.pkl": content, "archive/byteorder": b"little", "archive/version": b"3"})
+    elif form == "third of legacy":
+        content = b"\x80\x02K\x01." * 2 + content
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(InputError, match=rf"model\.pt: {message}.*refused; save model\.state_dict\(\) alone") as error:
+        open_checkpoint(tmp_path / "model.pt")
+    assert len(str(error.value)) < 1000
+
+
+def test_names_on_the_stack_of_protocol_4_are_not_read(tmp_path: Path):
+    content = b"\x80\x04" + text(10_000_000) * 2 + b"\x93."
+    content = zip_archive(**{"archive/data.pkl": content, "archive/byteorder": b"little", "archive/version": b"3"})
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.warns(UserWarning, match="protocol 4"), pytest.raises(InputError, match="Unsupported operand 147"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_large_and_much_shared_things_beside_the_weights_are_read(tmp_path: Path, zip_format: bool):
+    network = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(1000)))
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    names, pair, nested = [f"class {number}" for number in range(1000)], (0.9, 0.99), ()
+    for _ in range(100):
+        nested = (nested,)
+    beside = {
+        "optimizer": optimizer.state_dict(),
+        "history": [{"epoch": number, "names": names, "betas": pair, "loss": np.float64(1)} for number in range(2000)],
+        "split": tuple((number, number + 1) for number in range(20_000)),
+        "nested": nested,
+        ("a", (1, 2)): 3,
+    }
+    state_dict = network.state_dict()
+    content = {"net": state_dict, "beside": beside}
+    torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=zip_format)
+    assert_same(load_state_dict(tmp_path / "model.pt"), dict(state_dict))
+
+
+def test_long_names_of_tensors_do_not_make_long_messages(tmp_path: Path):
+    long = "k" * 3_000_000
+    header = {long: entry(0, 48, (64,), "F6_E2M3")}
+    (tmp_path / "format").write_bytes(safetensors_file(header, data=bytes(48)))
+    (tmp_path / "cut").write_bytes(safetensors_file({long: entry(0, 64)}))
+    odd = [torch.eye(3).to_sparse(), torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), np.ones(3)]
+    odd += [torch.ones(3, dtype=torch.complex64).conj(), [torch.ones(3)], torch.empty(3, device="meta")]
+    for index, value in enumerate(odd):
+        torch.save({"x.weight": torch.ones(2), long: value}, tmp_path / f"{index}")
+        torch.save({long: value}, tmp_path / f"{index} alone")
+    refused = 0
+    for path in tmp_path.iterdir():
+        try:
+            open_checkpoint(path)
+        except InputError as error:
+            refused += 1
+            assert len(str(error)) < 1000
+    assert refused == 2 * len(odd) + 2 - 1  # a list beside weights is no reason
+
+
 def test_words_like_those_calls_are_no_reason_to_refuse(tmp_path: Path):
     beside = {"notes": "a\nbytearray\nb\nencode\n", "best": np.float64(0.5), "digest": "hexadecimal"}
     for zip_format in (True, False):
