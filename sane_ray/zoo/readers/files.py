@@ -1,16 +1,23 @@
 """Loose checkpoint files: one file, or all of a folder with the suffixes that people give them.
 
-A file is a model, but for files whose paths differ only in what tells the checkpoints of one run apart. Names decide,
-and what may be one run is one model, so that no split tears it apart:
+A file is a model, but for files whose paths differ only in what tells the checkpoints of one run apart. Names decide:
 
 - an epoch: a number after a word such as epoch, step or checkpoint, in the name of the file or of a folder around it
   (``run/epoch_3.pt``, ``run/step-500/model.pt``);
 - ``best``, ``last``, ``latest`` and ``final``, in the same places; their epoch is the largest that is known of the run;
+- ``init``, ``initial`` and ``start``, likewise; their epoch is 0;
+- a number after a dot (``run/weights.01.pt``), and a folder inside the source whose folders are bare numbers, with
+  files of one name in them (``run/10/model.pt``), where there are two of them at least;
 - where there is one of these: a bare number (``run/20.pt``), and a name without any of it (``run/model.pt`` beside
   ``run/model_best.pt``, where ``model``, ``checkpoint`` and ``weights`` mean no more than the folder does).
 
 So ``run3/{best,last,10,20}.pt`` is one model, ``zoo/{10,20}.pt`` two, and ``resnet_best.pt`` is none with
 ``vgg_best.pt``, nor are files of two suffixes.
+
+Names may mislead. ``run/{model_1,model_2}.pt`` are two models, as they usually are, and so are ``{0,1}/model.pt`` at
+the top of the source; if they are of one run, a split may put one into training and the other into testing. And
+``train/{0,1}/model.pt`` is one model, even where the numbers count runs. Where that is wrong, a catalog file says what
+belongs together.
 
 Passes over hidden files and folders, and over what trainers save beside the weights (``optimizer.pt``), by name. Never
 opens a file to find out what it is: one that is no checkpoint is named when it is opened.
@@ -53,10 +60,13 @@ _NUMBER = re.compile(
     re.I,
 )
 _EPOCH_WORDS = ("epoch", "epochs", "ep", "e")
-_WORD = re.compile(r"(?<![a-z])(best|last|latest|final)(?![a-z])", re.I)
+_WORD = re.compile(r"(?<![a-z])(best|last|latest|final|init|initial|start)(?![a-z])", re.I)
+_FIRST_WORDS = ("init", "initial", "start")
 _AGAIN = re.compile(r"(^|[_.-])v\d+$")
 """What a trainer adds to the name of a checkpoint that is there already."""
 _BARE = re.compile(r"\d{1,15}")
+_DOTTED = re.compile(r"(.*[^\d.])\.(\d{1,15})")
+"""``weights.01``, but not ``lr0.1``."""
 _PLAIN = frozenset(("", "model", "checkpoint", "ckpt", "weights", "state_dict", "params"))
 """Names that say no more of a network than that it is one."""
 _METRIC = re.compile(r"(?<![a-z])((?:(?:train|val|test)[_-])?(?:acc|accuracy|loss))[_=-](\d+\.\d+)(?!\d)", re.I)
@@ -199,7 +209,7 @@ class _Name:
     numbers: tuple[tuple[str, int], ...]
     """Words for an epoch, and what stands after them."""
     words: tuple[str, ...]
-    """best, last, ..."""
+    """best, last, init, ..."""
     rest: str
     """What is left of it; empty if that says nothing of a network."""
 
@@ -241,11 +251,15 @@ def _runs(files: list[_File], literal: int = 0) -> Iterator[list[_File]]:
         else:
             others.append(file)
     beside = {place for members in runs.values() for file in members for place in _varying(file)}
+    numbered = {file: key for file in others if (key := _numbered_key(file, literal)) is not None}
+    known = runs.keys() | {key for key, count in Counter(numbered.values()).items() if count > 1}
     for file in others:
         keys = [_key(file, literal)]
         if any(place in beside for place in _varying(file, bare=True)):
             keys.append(_key(file, literal, bare=True))
-        runs[next((key for key in keys if key in runs), (str(file.path),))].append(file)
+        if file in numbered:
+            keys.append(numbered[file])
+        runs[next((key for key in keys if key in known), (str(file.path),))].append(file)
     for members in runs.values():
         outer = _outer_number(members, literal)
         if outer is None:
@@ -273,6 +287,18 @@ def _key(file: _File, literal: int, bare: bool = False) -> tuple[str, ...]:
     elif bare and len(folders) > literal and _BARE.fullmatch(folders[-1]):
         folders.pop()
     return (*(folder for folder in folders if folder), f"/{stem}", file.suffix.lower())
+
+
+def _numbered_key(file: _File, literal: int) -> tuple[str, ...] | None:
+    """The same, where the name has a number that is an epoch if there is another one: after a dot, or as a folder."""
+    folders = _key(file, literal)[:-2]
+    match = _DOTTED.fullmatch(file.stem)
+    if match:
+        return (*folders, f"/{_name(match[1]).rest}", file.suffix.lower())
+    parts = file.folder.parts
+    if len(parts) > max(literal, 1) and _BARE.fullmatch(parts[-1]) and not _BARE.fullmatch(file.stem):
+        return _key(file, literal, bare=True)
+    return None
 
 
 def _outer_number(files: list[_File], literal: int) -> int | None:
@@ -310,7 +336,9 @@ def _places_of_run(files: list[_File]) -> Iterator[tuple[_File, _Place]]:
     words = {file: tuple(word for name in _names_in(file, above) for word in name.words) for file in files}
     if len(set(words.values())) == 1:  # then they tell nothing apart
         words = dict.fromkeys(files, ())
-        stem = _joined(_NUMBER.sub("", _METRIC.sub("", files[0].stem)))
+        dotted = [_DOTTED.fullmatch(file.stem) for file in files]
+        stem = next((match[1] for match in dotted if match and len({file.stem for file in files}) > 1), files[0].stem)
+        stem = _joined(_NUMBER.sub("", _METRIC.sub("", stem)))
         stem = "" if stem.lower() in _PLAIN else stem
     else:
         stem = _name(files[0].stem).rest
@@ -323,7 +351,7 @@ def _places_of_run(files: list[_File]) -> Iterator[tuple[_File, _Place]]:
     last = max(epochs.values(), default=0)
     taken: set[tuple[int, str]] = set()
     for file in sorted(files, key=lambda file: (bool(words[file]), file not in epochs, file.folder, file.stem)):
-        epoch = epochs.get(file, last)
+        epoch = epochs.get(file, 0 if set(words[file]) & set(_FIRST_WORDS) else last)
         path = PurePosixPath(*file.folder.parts[above:], file.stem).as_posix()
         notes = [*([words[file][0]] if words[file] else [""]), path]
         note = next(note for note in (*notes, f"./{path}") if (epoch, note) not in taken)
@@ -343,6 +371,9 @@ def _epochs(files: list[_File], above: int) -> dict[_File, int]:
         part = next((part for part in (file.stem, *reversed(file.folder.parts[above:])) if _BARE.fullmatch(part)), None)
         if file not in epochs and part is not None and not _name(file.stem).differs:
             epochs[file] = int(part)
+        match = _DOTTED.fullmatch(file.stem)
+        if file not in epochs and match is not None and not _name(file.stem).differs:
+            epochs[file] = int(match[2])
     return epochs
 
 

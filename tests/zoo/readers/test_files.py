@@ -104,6 +104,15 @@ def test_files_that_differ_in_the_epoch_alone_are_one_model(tmp_path: Path, name
         ["net_acc_0.5.pt", "net_acc_0.7.pt"],
         ["timestep_1.pt", "timestep_2.pt"],
         ["epoch_10.pt"],
+        ["run/model_1.pt", "run/model_2.pt"],
+        ["0/model.pt", "1/model.pt"],
+        ["run/10/model.pt"],
+        ["run/10/a.pt", "run/20/b.pt"],
+        ["weights.01.pt"],
+        ["a.1.pt", "b.2.pt"],
+        ["lr0.1.pt", "lr0.01.pt"],
+        ["kaiming_init.pt", "xavier_init.pt"],
+        ["restart_1.pt", "restart_2.pt"],
     ],
 )
 def test_other_names_are_a_model_each(tmp_path: Path, names: list[str]):
@@ -136,6 +145,17 @@ def test_other_names_are_a_model_each(tmp_path: Path, names: list[str]):
          ["step1/1", "step1/2", "step2/1", "step2/2"]),
         (["r/epoch_1/step_1.pt", "r/epoch_1/step_2.pt", "r/epoch_2/step_1.pt"],
          ["r/1", "r/1 (epoch_1/step_2)", "r/2"]),
+        (["r/10/model.pt", "r/20/model.pt"], ["r/10", "r/20"]),
+        (["r/10/net.pt", "r/20/net.pt", "s/10/net.pt", "s/20/net.pt"],
+         ["r/net/10", "r/net/20", "s/net/10", "s/net/20"]),
+        (["r/10/g.pt", "r/10/d.pt", "r/20/g.pt", "r/20/d.pt"], ["r/d/10", "r/d/20", "r/g/10", "r/g/20"]),
+        (["r/10/model.pt", "r/20/model.pt", "r/model.pt"], ["r/10", "r/20", "r/20 (model)"]),
+        (["r/weights.01.pt", "r/weights.02.pt"], ["r/1", "r/2"]),
+        (["r/weights.01.pt", "r/weights.02.pt", "r/weights.best.pt"], ["r/1", "r/2", "r/2 (best)"]),
+        (["r/net.01.pt", "r/net.02.pt"], ["r/net/1", "r/net/2"]),
+        (["r/init.pt", "r/epoch_3.pt", "r/final.pt"], ["r/0 (init)", "r/3", "r/3 (final)"]),
+        (["r/net_initial.pt", "r/net_best.pt"], ["r/net/0 (initial)", "r/net/0 (best)"]),
+        (["r/start/model.pt", "r/10/model.pt", "r/20/model.pt"], ["r/0 (start)", "r/10", "r/20"]),
         (["final/a.pt", "final/b.pt"], ["final/a/0", "final/b/0"]),
         (["final/e_1.pt", "final/e_2.pt"], ["final/1", "final/2"]),
     ],
@@ -148,7 +168,23 @@ def test_checkpoints_of_one_run_are_one_model(tmp_path: Path, names: list[str], 
     assert all(record.id.startswith(f"{record.model}/{record.epoch}") for record in records)
 
 
-PARTS = ["epoch_1", "epoch_02", "step-5", "best", "last", "model", "10", "net", "net_best", "run0", "acc_0.5", "#"]
+PARTS = [
+    "epoch_1",
+    "epoch_02",
+    "step-5",
+    "best",
+    "last",
+    "model",
+    "10",
+    "net",
+    "net_best",
+    "run0",
+    "acc_0.5",
+    "#",
+    "init",
+    "w.01",
+    "20",
+]
 
 
 @given(paths=st.sets(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/".join), max_size=12))
