@@ -6,18 +6,16 @@ A file is a model, but for files whose paths differ only in what tells the check
   (``run/epoch_3.pt``, ``run/step-500/model.pt``);
 - ``best``, ``last``, ``latest`` and ``final``, in the same places; their epoch is the largest that is known of the run;
 - ``init``, ``initial`` and ``start``, likewise; their epoch is 0;
-- a number after a dot (``run/weights.01.pt``), and a folder inside the source whose folders are bare numbers, with
-  files of one name in them (``run/10/model.pt``), where there are two of them at least;
+- a number after a dot (``run/weights.01.pt``), where there are two of them at least;
 - where there is one of these: a bare number (``run/20.pt``), and a name without any of it (``run/model.pt`` beside
   ``run/model_best.pt``, where ``model``, ``checkpoint`` and ``weights`` mean no more than the folder does).
 
 So ``run3/{best,last,10,20}.pt`` is one model, ``zoo/{10,20}.pt`` two, and ``resnet_best.pt`` is none with
 ``vgg_best.pt``, nor are files of two suffixes.
 
-Names may mislead. ``run/{model_1,model_2}.pt`` are two models, as they usually are, and so are ``{0,1}/model.pt`` at
-the top of the source; if they are of one run, a split may put one into training and the other into testing. And
-``train/{0,1}/model.pt`` is one model, even where the numbers count runs. Where that is wrong, a catalog file says what
-belongs together.
+Names may mislead. ``run/{model_1,model_2}.pt`` and ``run/{10,20}/model.pt`` are two models each, since such numbers
+mostly count runs; where they are epochs of one run, a split may put one into training and the other into testing. Then
+a catalog file (or a table of properties with a column ``model``) says what belongs together.
 
 Passes over hidden files and folders, and over what trainers save beside the weights (``optimizer.pt``), by name. Never
 opens a file to find out what it is: one that is no checkpoint is named when it is opened.
@@ -290,14 +288,11 @@ def _key(file: _File, literal: int, bare: bool = False) -> tuple[str, ...]:
 
 
 def _numbered_key(file: _File, literal: int) -> tuple[str, ...] | None:
-    """The same, where the name has a number that is an epoch if there is another one: after a dot, or as a folder."""
+    """The same, where the name has a number after a dot, which is an epoch if there is another one."""
     folders = _key(file, literal)[:-2]
     match = _DOTTED.fullmatch(file.stem)
     if match:
         return (*folders, f"/{_name(match[1]).rest}", file.suffix.lower())
-    parts = file.folder.parts
-    if len(parts) > max(literal, 1) and _BARE.fullmatch(parts[-1]) and not _BARE.fullmatch(file.stem):
-        return _key(file, literal, bare=True)
     return None
 
 
