@@ -15,8 +15,9 @@ from sane_ray.cluster import connect, default_storage, local_path
 from sane_ray.config import PrepareJob
 from sane_ray.errors import InputError
 from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store.inputs import Inputs, matching
 from sane_ray.tokens.store.summary import summarize
-from sane_ray.tokens.store.writing import audit_zoo, matching_store, needs_ray, preview, write_store
+from sane_ray.tokens.store.writing import audit_zoo, preview, write
 from sane_ray.zoo import public
 from sane_ray.zoo.catalog import catalog_source
 from sane_ray.zoo.sources import Source, Zoo, check_one_source, name_of, read, to_fetch
@@ -60,17 +61,17 @@ def main(config: PrepareJob, dry_run: bool) -> None:
 
 def prepare(config: PrepareJob, zoo: Zoo, destination: Path, dry_run: bool) -> None:
     """Writes the store, unless it is there."""
-    records, source = zoo.records, zoo.root
-    store = matching_store(records, destination, config.tokens, source=source)
+    inputs = Inputs.of(zoo.records, config.tokens, zoo.root)
+    store = matching(inputs, destination)
     if store is not None:
         print(f"nothing to do: {destination} is complete, and was prepared from these checkpoints and this config")
     elif dry_run:
         unread = "".join(f"\nnot read: {name}" for name in zoo.unread()[:_LISTED])
-        print(f"{preview(records, config.tokens, source=source)}\nfrom {zoo.path}\nto   {destination}{unread}")
+        print(f"{preview(inputs)}\nfrom {zoo.path}\nto   {destination}{unread}")
         return
     else:
-        with cluster(config, zoo):
-            store = write_store(records, destination, config.tokens, source=source, unread=zoo.unread())
+        with cluster(config, inputs):
+            store = write(inputs, destination, zoo.unread())
     print(report(store))
 
 
@@ -81,8 +82,9 @@ def audit(config: PrepareJob, zoo: Zoo, dry_run: bool) -> str:
     check_catalog(catalog, zoo)
     if dry_run:
         return f"would read {len(zoo.records):,} checkpoints of {zoo.path}, and write what they are to {catalog}"
-    with cluster(config, zoo):
-        text = audit_zoo(zoo.records, catalog, config.tokens, source=zoo.root, origin=zoo.path, unread=zoo.unread())
+    inputs = Inputs.of(zoo.records, config.tokens, zoo.root)
+    with cluster(config, inputs):
+        text = audit_zoo(inputs, catalog, origin=zoo.path, unread=zoo.unread())
     return f"{text}\n\ncatalog {catalog}: the same without what is left out; next: {next_command(catalog)}"
 
 
@@ -104,9 +106,9 @@ def check_catalog(catalog: Path, zoo: Zoo) -> None:
         )
 
 
-def cluster(config: PrepareJob, zoo: Zoo) -> AbstractContextManager[object]:
+def cluster(config: PrepareJob, inputs: Inputs) -> AbstractContextManager[object]:
     """Ray, where the zoo is worth it."""
-    return connect(config.cluster) if needs_ray(zoo.records, config.tokens, source=zoo.root) else nullcontext()
+    return nullcontext() if inputs.is_small else connect(config.cluster)
 
 
 def paths(config: PrepareJob) -> tuple[Path, Path]:

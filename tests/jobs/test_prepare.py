@@ -117,7 +117,7 @@ def nasty(folder: Path) -> Path:
     torch.save(torch.nn.Linear(5, 6), folder / "module.pt")
     torch.save(weights() | {"net.0.weight": torch.full((6, 5), torch.nan)}, folder / "nan.pt")
     torch.save(weights() | {"net.0.weight": torch.ones(6, 5, dtype=torch.int8)}, folder / "int8.pt")
-    torch.save(torch.load(folder / "group_0" / "good_0.pt"), folder / "copy.pt")
+    torch.save(torch.load(folder / "group_0" / "good_0.pt", weights_only=True), folder / "copy.pt")
     (folder / "gone.pt").symlink_to(folder / "nowhere.pt")
     (folder / "group_0" / "around").symlink_to(folder)
     return folder
@@ -146,7 +146,7 @@ def test_weights_that_changed_since_the_audit_are_not_taken(tmp_path: Path, zoo:
     job = PrepareJob(source=str(zoo), storage=str(tmp_path), audit=True)
     prepare.main(job, False)
     path = zoo / "model_1" / "checkpoint_0" / "checkpoints"
-    torch.save({key: value + 1 for key, value in torch.load(path).items()}, path)
+    torch.save({key: value + 1 for key, value in torch.load(path, weights_only=True).items()}, path)
     catalog = str(tmp_path / "catalogs" / "digits.parquet")
     prepare.main(PrepareJob(source=catalog, store=str(tmp_path / "store"), tokens=TokensConfig(max_skipped=0.2)), False)
     output = capsys.readouterr().out

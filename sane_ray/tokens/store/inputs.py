@@ -81,14 +81,16 @@ class Inputs:
         """Looks at every chosen file's size and time.
 
         Raises:
-            InputError: None of the records is wanted.
+            InputError: None of the records is wanted, or the config names what the zoo has not.
         """
         source = Path(source).expanduser().absolute()
         wanted, unwanted = _wanted(records, config, source)
         wanted.sort(key=lambda record: (record.model, record.epoch))
         look_once, digest_once = cache(look), cache(_digest_beside)
         entries = {record.id: _entry(record, source, look_once, digest_once) for record in wanted}
-        return cls(wanted, config, source, entries, unwanted)
+        inputs = cls(wanted, config, source, entries, unwanted)
+        inputs._check()
+        return inputs
 
     @cached_property
     def sizes(self) -> list[float]:
@@ -122,7 +124,7 @@ class Inputs:
         """Names of the readers that found the records."""
         return sorted({record.reader for record in self.records})
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raises ``InputError`` for what the config names and the zoo has not, before any work."""
         for path in self.config.symmetry:
             Symmetry.load(path)

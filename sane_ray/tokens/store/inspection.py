@@ -230,6 +230,11 @@ def glance(checkpoint: Checkpoint, piece: Slice) -> Glance:
     return Glance(digest, moments(values) if values.is_floating_point() and values.numel() else None)
 
 
+def _glances(checkpoint: Checkpoint) -> list[Glance]:
+    """Reads a whole checkpoint, slice by slice."""
+    return [glance(checkpoint, piece) for piece in slices_of(checkpoint.meta)]
+
+
 def describe(
     meta: Mapping[str, Tensor],
     glances: Sequence[Glance],
@@ -271,14 +276,14 @@ def describe(
 def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     """Hex sha256 of keys, number formats, shapes and values, whatever the file format."""
     checkpoint = LoadedCheckpoint("", state_dict)
-    return _digest(checkpoint.meta, [glance(checkpoint, piece) for piece in slices_of(checkpoint.meta)])
+    return _digest(checkpoint.meta, _glances(checkpoint))
 
 
 def digest_if_readable(record: Record) -> str:
     """The digest of a checkpoint's weights; empty if it cannot be read."""
     try:
         checkpoint = open_record(record)
-        return _digest(checkpoint.meta, [glance(checkpoint, piece) for piece in slices_of(checkpoint.meta)])
+        return _digest(checkpoint.meta, _glances(checkpoint))
     except Exception:  # whatever is wrong with it, it is not what it was
         return ""
 
@@ -298,8 +303,7 @@ def why(error: Exception, record: Record) -> str:
 def _inspect(record: Record, tables: dict[Any, LayerTable], settings: Mapping[str, Any]) -> Seen:
     try:
         checkpoint = open_record(record)
-        glances = [glance(checkpoint, piece) for piece in slices_of(checkpoint.meta)]
-        return describe(checkpoint.meta, glances, settings, tables)
+        return describe(checkpoint.meta, _glances(checkpoint), settings, tables)
     except Exception as error:  # one odd file must not end the work on all the others
         return Seen("", why(error, record))
 

@@ -251,23 +251,17 @@ class TokenStore:
         """The architecture of one checkpoint."""
         return self.architectures[self._column("architecture")[checkpoint]]
 
-    def _column(self, name: str) -> NDArray[Any]:
-        if name not in self._columns:
-            self._columns[name] = self.models[name].to_numpy()
-        return self._columns[name]
-
-    @cached_property
-    def _columns(self) -> dict[str, NDArray[Any]]:
-        return {}
+    def _column(self, name: str, table: Literal["models", "segments"] = "models") -> NDArray[Any]:
+        if (table, name) not in self._columns:
+            self._columns[table, name] = getattr(self, table)[name].to_numpy()
+        return self._columns[table, name]
 
     def _places(self, name: str) -> NDArray[Any]:
         """One column of the segments."""
-        if name not in self._segment_columns:
-            self._segment_columns[name] = self.segments[name].to_numpy()
-        return self._segment_columns[name]
+        return self._column(name, "segments")
 
     @cached_property
-    def _segment_columns(self) -> dict[str, NDArray[Any]]:
+    def _columns(self) -> dict[tuple[str, str], NDArray[Any]]:
         return {}
 
     @cached_property

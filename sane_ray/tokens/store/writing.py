@@ -78,7 +78,7 @@ def write_store(
 ) -> TokenStore:
     """Writes the token store of a zoo; does nothing if it is there.
 
-    Runs on the Ray that this process is connected to, or here if ``needs_ray`` says no; the bytes are the same.
+    Runs on the Ray that this process is connected to, or here if the zoo is small; the bytes are the same.
 
     Checkpoints that cannot be used (unreadable, NaN or infinite weights, values beyond the stored number format) or
     that the config does not want are left out and listed in the store's catalog.
@@ -94,8 +94,12 @@ def write_store(
         InputError: Too many unusable checkpoints or architectures, too few models to split, or a destination that holds
             something else or that another run is writing.
     """
+    return write(Inputs.of(records, config, source), destination, unread)
+
+
+def write(inputs: Inputs, destination: str | Path, unread: Sequence[str] = ()) -> TokenStore:
+    """As ``write_store``, of inputs that were looked at before."""
     destination = Path(destination).expanduser().absolute()
-    inputs = _checked(records, config, source)
     store = matching(inputs, destination)
     if store is not None:
         return store
@@ -113,21 +117,16 @@ def matching_store(
     Raises:
         InputError: The destination holds a store of other inputs (says what differs), an incomplete one, or no store.
     """
-    return matching(_checked(records, config, source), Path(destination).expanduser().absolute())
+    return matching(Inputs.of(records, config, source), Path(destination).expanduser().absolute())
 
 
-def needs_ray(records: Sequence[Record], config: TokensConfig, *, source: str | Path) -> bool:
-    """Whether ``write_store`` and ``audit_zoo`` need Ray: a small zoo is done before a cluster has started."""
-    return not Inputs.of(records, config, source).is_small
-
-
-def preview(records: Sequence[Record], config: TokensConfig, *, source: str | Path) -> str:
+def preview(inputs: Inputs) -> str:
     """What ``write_store`` would read and write, told from the first readable checkpoint; needs no Ray.
 
     Raises:
-        InputError: Too few models to split, no checkpoint is wanted, or none of the first is readable.
+        InputError: Too few models to split, or none of the first checkpoints is readable.
     """
-    inputs = _checked(records, config, source)
+    config = inputs.config
     splits = Counter(assign_splits(inputs.records, config).values())
     check_splits([splits[split] for split in SPLITS], config)
     table = _first_table(inputs.records, config)
@@ -142,33 +141,23 @@ def preview(records: Sequence[Record], config: TokensConfig, *, source: str | Pa
     )
 
 
-def audit_zoo(
-    records: Sequence[Record],
-    catalog: str | Path,
-    config: TokensConfig,
-    *,
-    source: str | Path,
-    origin: str | Path = "",
-    unread: Sequence[str] = (),
-) -> str:
+def audit_zoo(inputs: Inputs, catalog: str | Path, *, origin: str | Path = "", unread: Sequence[str] = ()) -> str:
     """Reads a zoo, writes its catalog and says what it holds and what a store would leave out; writes no store.
 
     Args:
-        records: The zoo's checkpoints.
+        inputs: The zoo's checkpoints, and what a store would be made with.
         catalog: The Parquet file to write; a later ``--source``.
-        config: What a store would be made with.
-        source: Folder of the zoo.
         origin: What was read, to be noted in the catalog; empty is the source.
         unread: Files that look like weights, but that the zoo's reader did not list.
 
     Raises:
-        InputError: No checkpoint is wanted, or the catalog cannot be written.
+        InputError: The catalog cannot be written.
     """
-    inputs = _checked(records, config, source)
     found = inspect(inputs)
-    pass_over(found, config)
-    write_store_catalog(Path(catalog), found, inputs, unread, origin=str(origin or source))
-    return audit(found, inputs.unwanted, config, source=origin or source, sizes=inputs.sizes, unclaimed=unread)
+    pass_over(found, inputs.config)
+    origin = origin or inputs.source
+    write_store_catalog(Path(catalog), found, inputs, unread, origin=str(origin))
+    return audit(found, inputs.unwanted, inputs.config, source=origin, sizes=inputs.sizes, unclaimed=unread)
 
 
 def inspect(inputs: Inputs) -> Found:
@@ -223,12 +212,6 @@ def _inspect_large(
     for position, seen_of_slices in glances.items():
         seen = describe(metas[position], seen_of_slices, settings, tables_by_shape)
         found.add([position], [seen], {table.fingerprint: table for table in tables_by_shape.values()})
-
-
-def _checked(records: Sequence[Record], config: TokensConfig, source: str | Path) -> Inputs:
-    inputs = Inputs.of(records, config, source)
-    inputs.check()
-    return inputs
 
 
 def _first_table(records: Sequence[Record], config: TokensConfig) -> LayerTable:

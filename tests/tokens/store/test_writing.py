@@ -522,7 +522,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path):
 
 
 def test_preview_says_what_would_be_read_and_written(shared_zoo):
-    text = preview(discover(shared_zoo.path), TokensConfig(), source=shared_zoo.path)
+    text = preview(Inputs.of(discover(shared_zoo.path), TokensConfig(), shared_zoo.path))
     assert (
         "20 checkpoints of 10 models (" in text and " train, " in text and "19 a checkpoint, of 17 values each" in text
     )
@@ -531,7 +531,7 @@ def test_preview_says_what_would_be_read_and_written(shared_zoo):
 def test_preview_refuses_a_zoo_too_small_to_split(new_zoo: Callable):
     zoo = new_zoo(models=1)
     with pytest.raises(InputError, match="1 usable models leave none for val, test"):
-        preview(discover(zoo.path), TokensConfig(), source=zoo.path)
+        preview(Inputs.of(discover(zoo.path), TokensConfig(), zoo.path))
 
 
 def test_preview_refuses_a_zoo_that_cannot_be_read(new_zoo: Callable):
@@ -539,7 +539,7 @@ def test_preview_refuses_a_zoo_that_cannot_be_read(new_zoo: Callable):
     for path in zoo.path.rglob("checkpoints"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match="none of the first 3 checkpoints can be read"):
-        preview(discover(zoo.path), TokensConfig(), source=zoo.path)
+        preview(Inputs.of(discover(zoo.path), TokensConfig(), zoo.path))
 
 
 def test_the_index_is_json_for_everyone(shared_store: TokenStore, shared_zoo):

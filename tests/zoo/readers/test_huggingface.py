@@ -109,7 +109,7 @@ def test_torch_shards_are_read_lazily_if_all_of_them_can_be(tmp_path):
     record = only(write_shards(tmp_path / "net", state_dict(), "pytorch_model", "bin"))
     assert open_checkpoint(record).is_lazy
     shard = tmp_path / "net" / "pytorch_model-00002-of-00002.bin"
-    torch.save(torch.load(shard), shard, _use_new_zipfile_serialization=False)
+    torch.save(torch.load(shard, weights_only=True), shard, _use_new_zipfile_serialization=False)
     assert not open_checkpoint(record).is_lazy
     assert_same(record, state_dict())
 
