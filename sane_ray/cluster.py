@@ -134,7 +134,7 @@ def _free_port() -> int:
 
 def required_cpus(config: ClusterConfig) -> int:
     """CPUs that training takes, its workers and their data streams together, rounded up."""
-    needed = config.num_workers * (config.cpus_per_worker + config.data_cpus)
+    needed = config.max_workers * (config.cpus_per_worker + config.data_cpus)
     return int(-(-needed // 1))
 
 
@@ -166,32 +166,32 @@ def preflight(config: ClusterConfig) -> Resources:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    too_few = gpus < config.num_workers and (gpus > 0 or config.gpu == "yes")
+    too_few = gpus < config.max_workers and (gpus > 0 or config.gpu == "yes")
     if config.gpu != "no" and too_few:
         raise InputError(
-            f"cluster.num_workers is {config.num_workers} with cluster.gpu {config.gpu!r}, but the cluster has "
+            f"cluster.num_workers is {config.max_workers} with cluster.gpu {config.gpu!r}, but the cluster has "
             f"{gpus:g} GPUs: set cluster.gpu to 'no'"
             + (f", or cluster.num_workers to {int(gpus)} or less" if gpus >= 1 else "")
             + ", or add GPU nodes"
         )
     gpu = config.gpu != "no" and gpus > 0
     per_worker = config.cpus_per_worker + config.data_cpus
-    if config.num_workers * per_worker > cpus:
+    if config.max_workers * per_worker > cpus:
         fits = int(cpus // per_worker)
         raise InputError(
-            f"{config.num_workers} workers need {config.num_workers * per_worker:g} CPUs ({config.cpus_per_worker:g} "
+            f"{config.max_workers} workers need {config.max_workers * per_worker:g} CPUs ({config.cpus_per_worker:g} "
             f"each and {config.data_cpus:g} for its data stream), but the cluster has {cpus:g}: "
             + (f"set cluster.num_workers to {fits}" if fits else "lower cluster.cpus_per_worker or cluster.data_cpus")
             + ", or add nodes"
         )
     places = sum(_places(node, config.cpus_per_worker, gpu) for node in nodes)
-    if places < config.num_workers:
+    if places < config.max_workers:
         raise InputError(
-            f"{config.num_workers} workers of {config.cpus_per_worker:g} CPUs{' and a GPU' if gpu else ''} each do not "
+            f"{config.max_workers} workers of {config.cpus_per_worker:g} CPUs{' and a GPU' if gpu else ''} each do not "
             f"fit on the cluster's {len(nodes)} nodes, which have room for {places}: set cluster.num_workers to "
             f"{places} or less, lower cluster.cpus_per_worker, or add larger nodes"
         )
-    return Resources(config.num_workers, gpu, config.cpus_per_worker)
+    return Resources(config.max_workers, gpu, config.cpus_per_worker)
 
 
 def _places(node: Mapping[str, float], cpus_per_worker: float, gpu: bool) -> int:

@@ -226,6 +226,9 @@ class AutoencoderConfig:
     max_positions: list[int] = field(default_factory=list)
     """Rows of the three position tables (token index, layer, channel); empty sizes them for the store."""
 
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    """How places are embedded: `learned` tables (as published), or `sinusoidal`, which take any architecture's."""
+
     dropout: float = 0.0
     """Dropout after the position embedding and in the blocks."""
 
@@ -255,10 +258,13 @@ class AutoencoderConfig:
 
 @dataclass(kw_only=True, frozen=True)
 class LossConfig:
-    """gamma * contrastive + (1 - gamma) * reconstruction (paper equation 3)."""
+    """gamma * contrastive + (1 - gamma) * reconstruction (paper equation 3), perhaps with a behavioural part."""
+
+    contrast: Literal["simclr", "none"] = "simclr"
+    """`simclr` compares two views of each window (NT-Xent); `none` leaves views, projection and gamma out."""
 
     gamma: float = 0.05
-    """Weight of the contrastive loss; 0 switches it off, 1 leaves it alone."""
+    """Weight of the contrastive loss; 0 gives it none, 1 leaves it alone."""
 
     temperature: float = 0.1
     """Temperature of the NT-Xent loss."""
@@ -266,8 +272,27 @@ class LossConfig:
     reconstruction: Literal["signal", "elements"] = "signal"
     """What the squared error is divided by: `signal` counts real weights, `elements` padding too (as published)."""
 
+    normalization: Literal["none", "batch", "token"] = "none"
+    """Divides the squared error by the variance of the real weights, so that networks of different scales count alike:
+    of the global `batch` (arXiv 2504.10141), or of each `token`."""
+
+    behavior: float = 0.0
+    """Weight of the behavioural loss (arXiv 2503.17138): (1 - behavior) * the above + behavior * how differently
+    decoded and original networks answer queries. Windows must hold whole networks of the zoo's own architectures."""
+
+    queries: Literal["images", "noise", "both"] = "images"
+    """What networks are asked for the behavioural loss: training images of their zoo, Gaussian noise, or half each."""
+
+    query_count: int = 256
+    """Queries of a training step."""
+
+    behavior_distance: Literal["l2", "cross_entropy", "kl"] = "l2"
+    """How answers are compared: squared distance of probabilities, cross-entropy, or KL divergence at temperature 2."""
+
     def __post_init__(self) -> None:
         _check(0 <= self.gamma <= 1, "loss.gamma", self.gamma, "must lie in [0, 1]")
+        _check(0 <= self.behavior <= 1, "loss.behavior", self.behavior, "must lie in [0, 1]")
+        _check(self.query_count > 0, "loss.query_count", self.query_count, "must be at least 1")
         _check(self.temperature > 0, "loss.temperature", self.temperature, "must be positive")
 
 
@@ -284,8 +309,16 @@ class AugmentationConfig:
     noise: float = 0.1
     """Standard deviation of the multiplicative noise on both views."""
 
+    erase: float = 0.0
+    """Probability that a rectangle of a view (tokens x values, 2 to 33 % of it) is set to zero."""
+
+    seed: int = 0
+    """Seed of permutations, noise and erasing, beside pretraining.seed."""
+
     def __post_init__(self) -> None:
         _check(self.noise >= 0, "augmentation.noise", self.noise, "must not be negative")
+        _check(0 <= self.erase <= 1, "augmentation.erase", self.erase, "must lie in [0, 1]")
+        _check(self.seed >= 0, "augmentation.seed", self.seed, "must not be negative")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -296,7 +329,11 @@ class PretrainingConfig:
     """Passes over the training windows."""
 
     batch_size: int = 32
-    """Windows in a global batch, over all workers; a multiple of cluster.num_workers."""
+    """Windows in a global batch, over all workers; any number of workers computes the same."""
+
+    micro_batch: int = 0
+    """Windows that a worker computes at once; 0 takes its whole share. Less needs less memory and some more time; the
+    loss and its gradients stay those of the global batch."""
 
     learning_rate: float = 1e-4
     """Peak of the OneCycle schedule."""
@@ -313,38 +350,74 @@ class PretrainingConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the matrix products; `auto` takes bfloat16 where the device is faster with it."""
 
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Whether transformer blocks are compiled; `auto` compiles on GPUs."""
+
+    activation_checkpointing: bool = False
+    """Computes the inside of blocks again in the backward pass instead of keeping it: a third more work, far less
+    memory."""
+
+    sharding: Literal["full", "node", "none"] = "full"
+    """Over what weights, gradients and optimiser are sharded: all workers (`full`), the workers of each node (`node`:
+    hybrid sharding, less traffic between nodes), or nothing (`none`: each worker holds all)."""
+
+    reshard: bool = True
+    """Whether a block's weights are given back after its forward pass and gathered again for the backward: less memory,
+    more traffic."""
+
+    spike_factor: float = 10.0
+    """A step whose gradient norm is so many times the median of the last 100 is a spike: recorded and told."""
+
+    on_spike: Literal["record", "rollback"] = "record"
+    """`rollback` goes back to the last checkpoint and then leaves the batch of the spike out."""
+
     seed: int = 0
     """Seed of initialisation, order, windows, permutations and noise."""
 
     log_every: int = 20
     """Steps between reports to MLflow; every step's loss is kept."""
 
-    validate_every: int = 5
-    """Epochs between validations; the last epoch is always validated."""
+    validate_every: float = 5.0
+    """Epochs between validations (0.1: ten in an epoch); the end is always validated."""
 
     validation_windows: int = 512
     """Windows of the fixed validation set, held in memory."""
 
-    checkpoint_every: int = 5
-    """Epochs between checkpoints; the last epoch always writes one."""
+    checkpoint_every: float = 5.0
+    """Epochs between checkpoints (0.1: ten in an epoch); the end always writes one. They are written beside training: a
+    crash costs at most the steps of two such intervals, an announced preemption none."""
 
     checkpoints_kept: int = 2
-    """Checkpoints that stay on disk."""
+    """Checkpoints that stay on disk, at least 2: one could be damaged."""
+
+    evaluate_every: float = 0.0
+    """Epochs between evaluations, a separate task that reconstructs held-out networks and measures their accuracy on
+    the zoo's own images; 0 for none."""
+
+    evaluate_networks: int = 32
+    """Networks of an evaluation."""
 
     shuffle_mb: float = 256.0
-    """Tokens that a data stream reads together and shuffles over, in MB; it holds about three times as much."""
+    """Tokens that a pool of windows to shuffle holds, in MB; up to eight times as much where batches would else hold
+    several windows of one network."""
 
     def __post_init__(self) -> None:
         for name in (
             "epochs",
             "batch_size",
             "log_every",
-            "validate_every",
             "validation_windows",
-            "checkpoint_every",
-            "checkpoints_kept",
+            "evaluate_networks",
         ):
             _check(getattr(self, name) > 0, f"pretraining.{name}", getattr(self, name), "must be at least 1")
+        for name in ("validate_every", "checkpoint_every"):
+            _check(getattr(self, name) > 0, f"pretraining.{name}", getattr(self, name), "must be positive")
+        for name in ("evaluate_every", "micro_batch"):
+            _check(getattr(self, name) >= 0, f"pretraining.{name}", getattr(self, name), "must not be negative")
+        _check(
+            self.checkpoints_kept >= 2, "pretraining.checkpoints_kept", self.checkpoints_kept, "must be at least 2"
+        )
+        _check(self.spike_factor > 1, "pretraining.spike_factor", self.spike_factor, "must be greater than 1")
         _check(self.seed >= 0, "pretraining.seed", self.seed, "must not be negative")
         _check(self.learning_rate > 0, "pretraining.learning_rate", self.learning_rate, "must be positive")
         _check(self.weight_decay >= 0, "pretraining.weight_decay", self.weight_decay, "must not be negative")
@@ -362,8 +435,9 @@ class ClusterConfig:
     address: str = ""
     """Ray address to join; empty joins RAY_ADDRESS if set (as in `ray job submit`), else starts Ray on this machine."""
 
-    num_workers: int = 1
-    """Training workers (data-parallel, sharded with FSDP)."""
+    num_workers: int | tuple[int, int] = 1
+    """Training workers (data-parallel). A pair such as [2, 8] is elastic: training begins with what the cluster has,
+    and grows and shrinks with it."""
 
     cpus_per_worker: float = 1.0
     """CPUs a training worker reserves, and threads of its matrix products."""
@@ -372,16 +446,35 @@ class ClusterConfig:
     """Whether each training worker takes a GPU; `auto` takes one when the cluster has enough."""
 
     data_cpus: float = 1.0
-    """CPUs that the data stream of each training worker takes, beside the worker's own."""
+    """CPUs of the data stream of each training worker, on the same node, reserved beside the worker's own."""
+
+    resize_seconds: float = 60.0
+    """Seconds between looks at whether an elastic run may grow; each change restarts from the last checkpoint."""
 
     max_failures: int = 3
     """Worker failures survived, each by a restart from the last checkpoint, before the run fails."""
 
     def __post_init__(self) -> None:
-        _check(self.num_workers > 0, "cluster.num_workers", self.num_workers, "must be at least 1")
+        _check(
+            1 <= self.min_workers <= self.max_workers,
+            "cluster.num_workers",
+            self.num_workers,
+            "must be at least 1, or a pair [least, most] of such",
+        )
+        _check(self.resize_seconds > 0, "cluster.resize_seconds", self.resize_seconds, "must be positive")
         _check(self.cpus_per_worker > 0, "cluster.cpus_per_worker", self.cpus_per_worker, "must be positive")
         _check(self.data_cpus > 0, "cluster.data_cpus", self.data_cpus, "must be positive")
         _check(self.max_failures >= 0, "cluster.max_failures", self.max_failures, "must not be negative")
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers that training goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers that training grows to."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -469,10 +562,10 @@ class PretrainJob:
 
     def __post_init__(self) -> None:
         _check(
-            self.pretraining.batch_size % self.cluster.num_workers == 0,
+            self.pretraining.batch_size >= self.cluster.max_workers,
             "pretraining.batch_size",
             self.pretraining.batch_size,
-            f"must be a multiple of cluster.num_workers = {self.cluster.num_workers}",
+            f"must be at least cluster.num_workers = {self.cluster.max_workers}",
         )
         _check(
             re.fullmatch(r"([A-Za-z0-9][\w.-]*)?", self.run_name) is not None,

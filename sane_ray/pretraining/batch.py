@@ -5,27 +5,37 @@ Shapes: B windows, W tokens in a window, T values in a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
+
+FILLER = -1
+"""Slot and checkpoint of a row that holds no window: it makes all ranks' batches equally long, and counts nothing."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of tokens in two views, on one device."""
+    """One rank's windows of a global batch, in two views, on one device.
+
+    Where a global batch has fewer windows than places, the last rows are filler: slot and checkpoint -1, the rest zero.
+    """
 
     view_1: torch.Tensor
     """[B, W, T] tokens in the store's number format."""
     view_2: torch.Tensor
-    """[B, W, T] the same windows of the same models, perhaps permuted."""
+    """[B, W, T] the same windows of the same models, perhaps permuted; the same tensor where both views are alike."""
     signal: torch.Tensor
-    """[B, W] values that are real weights; the rest of a token is padding."""
+    """int32 [B, W] values that are real weights; the rest of a token is padding."""
     positions: torch.Tensor
-    """[B, W, 3] token index, layer and channel."""
+    """int32 [B, W, 3] token index, layer and channel."""
+    slot: torch.Tensor
+    """int64 [B] place of the window in the global batch, whoever computes it: what noise is seeded with."""
+    checkpoint: torch.Tensor
+    """int64 [B] ordinal in the store of the checkpoint that the window is cut from."""
 
     def __len__(self) -> int:
-        """Windows in the batch."""
+        """Rows of the batch, filler included."""
         return self.view_1.shape[0]
 
     def to(self, device: torch.device) -> Batch:
@@ -33,8 +43,13 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def rows(self, begin: int, end: int) -> Batch:
-        """Windows ``begin`` to ``end`` of the batch."""
+        """Rows ``begin`` to ``end`` of the batch."""
         return self._map(lambda tensor: tensor[begin:end])
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(function(self.view_1), function(self.view_2), function(self.signal), function(self.positions))
+        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """The rows of several batches as one."""
+    return Batch(**{f.name: torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(Batch)})
