@@ -17,7 +17,7 @@ def test_a_norm_far_above_the_median_is_a_spike():
 def test_a_level_that_stays_becomes_the_usual_one():
     guard = SpikeGuard(10.0)
     guard.look(points([1.0] * WINDOW))
-    assert len(guard.look(points([20.0] * WINDOW, first=101))) == WINDOW / 2 + 1
+    assert len(guard.look(points([20.0] * WINDOW, first=101))) == WINDOW / 2
 
 
 def test_nothing_is_unusual_before_enough_steps():
