@@ -1,200 +1,400 @@
 """The order in which training sees windows: a pure function of seed and epoch, the same for any number of workers.
 
-An epoch is cut into pools of row groups that fit in memory together. A pool's windows are dealt out one model after
-the other, so that near-duplicates (windows and checkpoints of one model) lie as far apart as the pool allows: within a
-batch they would be false negatives of the contrastive loss. Worker r of w takes the r-th of w equal slices of every
-global batch.
+An epoch is a random sequence of row groups, cut into pools of whole global batches; what a pool needs is in memory
+together. Near-duplicates (windows and checkpoints of one model) would be false negatives of the contrastive loss, so a
+model's row groups lie far apart in the sequence, and a pool's windows are dealt out to its batches one model after the
+other: no batch holds two windows of a model that has no more of them in the pool than the pool has batches.
+
+Within a batch, windows are in order of their row groups, and worker r of w takes the r-th of w equal slices: about one
+w-th of a pool's row groups is all that it has to read.
 
 Never reads tokens and never imports Ray.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from sane_ray.errors import InputError
 
-_ORDER_OF_GROUPS, _WINDOWS_OF_POOL = 0, 1  # keep the random streams of an epoch apart
+VERSION = 1
+"""Of the order: a plan of another version has another signature."""
+
+LARGEST_POOL = 8
+"""A pool holds at most about so many times ``pool_tokens`` (or one batch), whatever batches then repeat models."""
+
+FILLER = -1
+"""Segment and slot of a row without a window."""
+
+_GROUPS, _MODELS, _PHASES, _WINDOWS, _STEPS = range(5)  # keep the random streams of an epoch apart
+
+Ints = NDArray[np.int64]
 
 
 class Pool(NamedTuple):
-    """Row groups that are read together, and the place of their first window in the epoch."""
+    """Row groups that are read together, and the steps that are trained on them."""
 
     groups: tuple[int, ...]
-    """Indices into the plan's row groups."""
-    first: int
-    """Place in the epoch of the pool's first window."""
+    """Numbers of the row groups; the first and the last may also belong to the neighbouring pools, which then take
+    other windows of them."""
+    first_step: int
+    """First step within the epoch."""
+    steps: int
+    """Number of steps."""
 
 
 class Windows(NamedTuple):
     """Windows in the order in which training sees them; arrays of equal length."""
 
-    segment: NDArray[np.int64]
-    """Number of the segment: a checkpoint, or a part of a large one."""
-    start: NDArray[np.int64]
-    """First token of the window in the segment."""
+    segment: Ints
+    """Number of the segment (a checkpoint, or a part of a large one), counted through the row groups; -1 is filler."""
+    start: Ints
+    """First token of the window in the segment; 0 for filler."""
+    step: Ints
+    """Step within the epoch."""
+    slot: Ints
+    """Place in the global batch, whoever computes it; -1 is filler."""
 
 
-@dataclass(frozen=True)
+class _Sequence(NamedTuple):
+    """Row groups of an epoch in order."""
+
+    groups: Ints
+    first: Ints
+    """Place in the epoch of each one's first window, and at last the number of windows."""
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Seeded order over the windows of one split of a store.
 
     Windows are cut from segments: checkpoints, or the parts that large ones are stored in. Every token of every segment
     is covered in every epoch, by windows that all differ. A segment of N tokens gives ceil(N / W) + 1 windows of W
     tokens: the first, the last, and between them a run of others whose phase is drawn anew each epoch (one less where
-    N - 1 is a multiple of W, since no phase is left; one if N = W). The windows that do not fill a last global batch
-    are left out; which ones differs from epoch to epoch.
+    N - 1 is a multiple of W, since no phase is left; one if N = W).
+
+    Every window is seen once an epoch. All batches hold ``batch_size`` windows, but for those of the last pool, which
+    share evenly what is left.
     """
 
-    groups: tuple[tuple[int, ...], ...]
-    """Segments (numbers) in each row group."""
-    tokens: NDArray[np.int64]
+    starts: Ints
+    """First segment of each row group, and at last the number of segments."""
+    tokens: NDArray[np.int32]
     """Tokens of each segment."""
-    models: NDArray[np.int64]
-    """Number of the model that each segment belongs to."""
+    models: NDArray[np.int32]
+    """Number of the model that each segment belongs to, from 0 on without gaps."""
     window: int
     """Tokens in a window."""
     batch_size: int
     """Windows in a global batch."""
-    pool_tokens: int
-    """Tokens read together at least (unless the epoch is smaller)."""
+    num_pools: int
+    """Pools in an epoch."""
     seed: int
 
-    def __post_init__(self) -> None:
-        if not self.groups:
-            raise InputError("the token store has no training checkpoints: prepare it with a larger tokens.split[0]")
-        members = np.concatenate([np.asarray(group) for group in self.groups])
-        shortest = int(self.tokens[members].min())
-        if self.window > shortest:
-            raise InputError(
-                f"config field autoencoder.window is {self.window}, but the shortest model (or segment of one) of the "
-                f"store has {shortest} tokens: set it to {shortest} or less"
-            )
-
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        """Global batches in an epoch."""
-        return self.windows_per_epoch // self.batch_size
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels to other processes: the fields, not what was derived from them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def windows_per_epoch(self) -> int:
-        """Windows in an epoch, those included that do not fill a last batch."""
-        return int(sum(self._windows_of_group))
+        """Windows in an epoch."""
+        return int(self._windows_of_group.sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch."""
+        return -(-self.windows_per_epoch // self.batch_size)
 
     @cached_property
-    def _windows_of_group(self) -> NDArray[np.int64]:
-        counts = window_counts(self.tokens, self.window)
-        return np.array([counts[list(group)].sum() for group in self.groups])
+    def signature(self) -> str:
+        """Hash of all that decides the order: plans of one signature see the same windows in the same steps."""
+        numbers = (VERSION, self.window, self.batch_size, self.num_pools, self.seed)
+        digest = hashlib.sha256(repr(numbers).encode())
+        for column, dtype in ((self.starts, "<i8"), (self.tokens, "<i4"), (self.models, "<i4")):
+            digest.update(np.ascontiguousarray(column, dtype=dtype).data)
+        return digest.hexdigest()
 
     @cached_property
-    def _tokens_of_group(self) -> NDArray[np.int64]:
-        return np.array([self.tokens[list(group)].sum() for group in self.groups])
+    def most_of_a_model(self) -> int:
+        """Bound on the windows of one model in a global batch of the first epoch; other epochs are drawn alike.
+
+        1 means that no batch has two windows of a model.
+        """
+        return self._most_of_a_model(np.ones(len(self.models), dtype=np.bool_))
+
+    def ledger(self, global_step: int) -> dict[str, int | str]:
+        """What a run has seen after so many steps: kept in checkpoints, and compared when it resumes."""
+        epoch, step = divmod(global_step, self.steps_per_epoch)
+        return {
+            "epoch": epoch,
+            "step_of_epoch": step,
+            "windows": epoch * self.windows_per_epoch + self._windows_before(step),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "signature": self.signature,
+        }
+
+    def segments_of(self, group: int) -> range:
+        """Numbers of the segments of a row group, in stored order."""
+        return range(int(self.starts[group]), int(self.starts[group + 1]))
+
+    def groups_of(self, windows: Windows) -> list[int]:
+        """The row groups that these windows are cut from, each once."""
+        segments = windows.segment[windows.segment != FILLER]
+        return np.unique(np.searchsorted(self.starts, segments, side="right") - 1).tolist()
 
     def pools(self, epoch: int) -> list[Pool]:
-        """The epoch's pools in order: row groups shuffled by (seed, epoch), then gathered up to ``pool_tokens``."""
-        order = _generator(self.seed, epoch, _ORDER_OF_GROUPS).permutation(len(self.groups))
-        pools: list[Pool] = []
-        gathered: list[int] = []
-        first = size = 0
-        for group in order.tolist():
-            gathered.append(group)
-            size += int(self._tokens_of_group[group])
-            if size >= self.pool_tokens or group == order[-1]:
-                pools.append(Pool(tuple(gathered), first))
-                first += int(self._windows_of_group[gathered].sum())
-                gathered, size = [], 0
-        return pools
+        """The epoch's pools in order. Their steps are the same in every epoch, their row groups are not."""
+        if epoch not in self._pools:
+            sequence = self._sequence(epoch)
+            begin, end = self._bounds[:-1] * self.batch_size, self._bounds[1:] * self.batch_size
+            first = (np.searchsorted(sequence.first, begin, side="right") - 1).tolist()
+            last = np.searchsorted(sequence.first, np.minimum(end, self.windows_per_epoch), side="left").tolist()
+            groups = sequence.groups.tolist()
+            bounds = self._bounds.tolist()
+            self._pools.clear()  # of one epoch only: training does not go back
+            self._pools[epoch] = [
+                Pool(tuple(groups[first[k] : last[k]]), bounds[k], bounds[k + 1] - bounds[k])
+                for k in range(self.num_pools)
+            ]
+        return self._pools[epoch]
 
     def windows(self, epoch: int, pool: Pool) -> Windows:
-        """All windows of a pool, in order."""
-        members = np.concatenate([np.asarray(self.groups[group]) for group in pool.groups])
-        rng = _generator(self.seed, epoch, _WINDOWS_OF_POOL, pool.first)
-        segment, start = _draw_windows(members, self.tokens[members], self.window, rng)
-        order = _deal(self.models[segment], rng)
-        return Windows(segment[order], start[order])
+        """All windows of a pool, by step and slot."""
+        segment, start, group, chance = self._windows_of_pool(epoch, pool)
+        # Local numbers of models in random order: their hashes are as different as their numbers.
+        _, model = np.unique(self._hash(epoch, _MODELS, self.models[segment]), return_inverse=True)
+        place = _places_of_groups(model, group)[group]
+        order = _one_model_after_the_other(model, place, chance, pool.steps)
+        step = np.empty(len(order), dtype=np.int64)
+        step[order] = self._steps(epoch, pool)[np.arange(len(order)) % pool.steps]
+        order = np.lexsort((place, step))
+        step = step[order]
+        slot = np.arange(len(step)) - np.searchsorted(step, step)
+        return Windows(segment[order], start[order], pool.first_step + step, slot)
 
     def share(self, epoch: int, pool: Pool, *, rank: int, world_size: int, first_step: int = 0) -> Windows:
-        """The windows of a pool that one worker trains on, from ``first_step`` of the epoch on, in order."""
-        windows = self.windows(epoch, pool)
-        place = pool.first + np.arange(len(windows.start))
-        slice_of_batch = place % self.batch_size // (self.batch_size // world_size)
-        step = place // self.batch_size
-        mine = (slice_of_batch == rank) & (step >= first_step) & (step < self.steps_per_epoch)
-        return Windows(windows.segment[mine], windows.start[mine])
+        """One worker's rows of a pool's batches from ``first_step`` of the epoch on, step by step.
+
+        Every step has ceil(batch_size / world_size) rows; those beyond the worker's windows are filler.
+        """
+        whole = self.windows(epoch, pool)
+        rows = -(-self.batch_size // world_size)
+        steps = np.arange(max(pool.first_step, first_step), pool.first_step + pool.steps)
+        begin, end = np.searchsorted(whole.step, steps), np.searchsorted(whole.step, steps, side="right")
+        mine, next_one = (begin + r * (end - begin) // world_size for r in (rank, rank + 1))
+        row = mine[:, None] + np.arange(rows)
+        real = (row < next_one[:, None]).ravel()
+        row = np.minimum(row, len(whole.step) - 1).ravel()
+        return Windows(
+            segment=np.where(real, whole.segment[row], FILLER),
+            start=np.where(real, whole.start[row], 0),
+            step=np.repeat(steps, rows),
+            slot=np.where(real, whole.slot[row], FILLER),
+        )
+
+    @cached_property
+    def _pools(self) -> dict[int, list[Pool]]:
+        return {}
+
+    @cached_property
+    def _sequences(self) -> dict[int, _Sequence]:
+        return {}
+
+    @cached_property
+    def _windows_of_group(self) -> Ints:
+        return np.add.reduceat(window_counts(self.tokens, self.window), self.starts[:-1], dtype=np.int64)
+
+    @cached_property
+    def _bounds(self) -> Ints:
+        """First step of each pool, and at last the number of steps: pools are as equal as they can be."""
+        return np.arange(self.num_pools + 1) * self.steps_per_epoch // self.num_pools
+
+    def _windows_before(self, step: int) -> int:
+        """Windows of an epoch's first ``step`` steps."""
+        last = int(self._bounds[-2])
+        even, more = divmod(self.windows_per_epoch - last * self.batch_size, self.steps_per_epoch - last)
+        beyond = max(0, step - last)
+        return min(step, last) * self.batch_size + beyond * even + min(beyond, more)
+
+    def _sequence(self, epoch: int) -> _Sequence:
+        """Row groups by random time in the epoch, those of one model at equal distances.
+
+        A row group of several models counts as its first segment's.
+        """
+        if epoch not in self._sequences:
+            rng = np.random.default_rng((self.seed, epoch, _GROUPS))
+            home = self.models[self.starts[:-1]]
+            order = rng.permutation(len(home))
+            order = order[np.argsort(home[order], kind="stable")]
+            home = home[order]
+            begin = np.searchsorted(home, home)
+            count = np.searchsorted(home, home, side="right") - begin
+            time = (rng.random(int(self.models.max()) + 1)[home] + (np.arange(len(home)) - begin) / count) % 1
+            groups = order[np.argsort(time, kind="stable")]
+            self._sequences.clear()
+            self._sequences[epoch] = _Sequence(groups, np.append(0, np.cumsum(self._windows_of_group[groups])))
+        return self._sequences[epoch]
+
+    def _windows_of_pool(self, epoch: int, pool: Pool) -> tuple[Ints, Ints, Ints, NDArray[np.uint64]]:
+        """Segment, start, row group (its place in the pool's list) and a random number of each window of a pool.
+
+        A row group's windows are in random order, so that pools which share it take other ones each epoch.
+        """
+        groups = np.array(pool.groups)
+        sizes = self.starts[groups + 1] - self.starts[groups]
+        segments = np.repeat(self.starts[groups], sizes) + _counted(sizes)
+        segment, start = self._draw_windows(epoch, segments)
+        group = np.repeat(np.arange(len(groups)), self._windows_of_group[groups])
+        chance = self._hash(epoch, _WINDOWS, segment, start)
+        first = self._sequence(epoch).first
+        begin = pool.first_step * self.batch_size
+        skipped = begin - int(first[np.searchsorted(first, begin, side="right") - 1])
+        order = np.lexsort((chance, group))[skipped : skipped + pool.steps * self.batch_size]
+        return segment[order], start[order], group[order], chance[order]
+
+    def _draw_windows(self, epoch: int, segments: Ints) -> tuple[Ints, Ints]:
+        """The first window, the last one, and between them boundaries every ``window`` tokens from a random phase."""
+        tokens = self.tokens[segments].astype(np.int64)
+        counts = window_counts(tokens, self.window)
+        phases = _phases(tokens, self.window)
+        drawn = self._hash(epoch, _PHASES, segments) % np.maximum(phases, 1).astype(np.uint64)
+        phase = np.where(phases > 0, drawn.astype(np.int64) + 1, self.window)
+        which = np.repeat(np.arange(len(segments)), counts)
+        start = np.clip(phase[which] + (_counted(counts) - 1) * self.window, 0, tokens[which] - self.window)
+        return segments[which], start
+
+    def _steps(self, epoch: int, pool: Pool) -> Ints:
+        """Order of a pool's batches, the fuller ones (of a last pool) first."""
+        left = self.windows_per_epoch - pool.first_step * self.batch_size
+        fuller = min(left, pool.steps * self.batch_size) % pool.steps
+        rng = np.random.default_rng((self.seed, epoch, _STEPS, pool.first_step))
+        return np.concatenate([rng.permutation(fuller), fuller + rng.permutation(pool.steps - fuller)])
+
+    def _hash(self, epoch: int, stream: int, *numbers: NDArray[Any]) -> NDArray[np.uint64]:
+        """Random 64-bit numbers that depend on nothing but seed, epoch, stream and the numbers themselves.
+
+        Different last numbers give different results (each round of splitmix64 is a bijection; Steele, Lea and Flood,
+        "Fast splittable pseudorandom number generators", 2014).
+        """
+        state: NDArray[np.uint64]
+        state = np.random.SeedSequence((self.seed, epoch, stream)).generate_state(1, np.uint64)  # type: ignore[assignment]
+        for number in numbers:
+            state = (state ^ number.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state ^= state >> np.uint64(31)
+        return state
+
+    def _most_of_a_model(self, counted: NDArray[np.bool_]) -> int:
+        """Bound on the windows of one model in a batch of the first epoch, among the segments that are counted.
+
+        Row groups that pools share count in each of them.
+        """
+        sequence = self._sequence(0)
+        first, last = np.empty((2, len(sequence.groups)), dtype=np.int64)
+        for pool, place in ((first, sequence.first[:-1]), (last, sequence.first[1:] - 1)):
+            pool[sequence.groups] = np.searchsorted(self._bounds, place // self.batch_size, side="right") - 1
+        group = np.repeat(np.arange(len(first)), np.diff(self.starts))[counted]
+        times = (last - first + 1)[group]
+        key = np.repeat(self.models[counted] + first[group] * (int(self.models.max()) + 1), times)
+        key += _counted(times) * (int(self.models.max()) + 1)
+        counts = np.repeat(window_counts(self.tokens[counted], self.window), times)
+        order = np.argsort(key)
+        key = key[order]
+        runs = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
+        if len(runs) == 0:
+            return 1
+        steps = np.diff(self._bounds)[key[runs] // (int(self.models.max()) + 1)]
+        return min(self.batch_size, int((-(-np.add.reduceat(counts[order], runs) // steps)).max()))
 
 
-def window_counts(tokens: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+def window_counts(tokens: NDArray[Any], window: int) -> Ints:
     """Windows that segments of so many tokens give in an epoch."""
-    return np.where(tokens == window, 1, -(-tokens // window) + (_phases(tokens, window) > 0))
+    return np.where(tokens == window, 1, -(-tokens // window) + (_phases(tokens, window) > 0)).astype(np.int64)
 
 
-def _phases(tokens: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+def _phases(tokens: NDArray[Any], window: int) -> NDArray[Any]:
     """Starts that the second window may have without the one before the last becoming the last."""
     return (tokens - 1) % window
 
 
-def _draw_windows(
-    segments: NDArray[np.int64], tokens: NDArray[np.int64], window: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first window, the last one, and between them boundaries every ``window`` tokens from a random phase."""
-    counts = window_counts(tokens, window)
-    phases = _phases(tokens, window)
-    phase = np.where(phases > 0, rng.integers(1, np.maximum(phases, 1) + 1), window)
-    which = np.repeat(np.arange(len(segments)), counts)
-    number = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-    start = np.clip(phase[which] + (number - 1) * window, 0, tokens[which] - window)
-    return segments[which], start
+def _counted(sizes: Ints) -> Ints:
+    """0, 1, ... for each size, one after the other."""
+    return np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-def _deal(models: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Order that takes one window of each model in turn, models in one random order, each model's windows shuffled."""
-    _, model = np.unique(models, return_inverse=True)
-    turn_of_model = rng.permutation(int(model.max()) + 1)
-    by_model = np.lexsort((rng.random(len(model)), model))
-    sizes = np.bincount(model)
-    turn = np.empty(len(model), dtype=np.int64)
-    turn[by_model] = np.arange(len(model)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.lexsort((turn_of_model[model], turn))
+def _places_of_groups(model: Ints, group: Ints) -> Ints:
+    """Order of a pool's row groups in which those of one model lie together: by the smallest number of their models."""
+    begin = np.flatnonzero(np.append(True, group[1:] != group[:-1]))
+    place = np.empty(len(begin), dtype=np.int64)
+    place[np.argsort(np.minimum.reduceat(model, begin), kind="stable")] = np.arange(len(begin))
+    return place
 
 
-def _generator(*seeds: int) -> np.random.Generator:
-    return np.random.default_rng(seeds)
+def _one_model_after_the_other(model: Ints, place: Ints, chance: NDArray[np.uint64], steps: int) -> Ints:
+    """Order of a pool's windows, every ``steps``-th of which make a batch: models by the mean place of their groups."""
+    mean = np.bincount(model, weights=place) / np.bincount(model)
+    return np.lexsort((chance, model, mean[model]))
 
 
 def plan_of(
-    row_groups: Sequence[Sequence[int]],
-    tokens: Sequence[int],
-    models: Sequence[str],
+    group_sizes: Sequence[int],
+    tokens: ArrayLike,
+    models: ArrayLike,
     *,
     window: int,
     batch_size: int,
     pool_tokens: int,
     seed: int,
 ) -> Plan:
-    """A plan from what a store's index says: segments a row group, tokens and model name a segment.
+    """A plan from what a store's index says.
+
+    The number of pools is such that one holds about ``pool_tokens``, or up to ``LARGEST_POOL`` times as much where
+    batches would otherwise hold several windows of a model that is small enough for one (no more windows than batches
+    in an epoch).
+
+    Args:
+        group_sizes: Segments in each row group.
+        tokens: Tokens of each segment, counted through the row groups.
+        models: Name or number of the model of each segment; numbers are much faster where there are millions.
+        window: Tokens in a window.
+        batch_size: Windows in a global batch.
+        pool_tokens: Tokens to hold in memory together.
+        seed: Of the order.
 
     Raises:
         InputError: no row group, a window longer than the shortest segment, or fewer windows than one global batch.
     """
-    _, numbers = np.unique(np.asarray(models), return_inverse=True)
-    plan = Plan(
-        groups=tuple(tuple(group) for group in row_groups),
-        tokens=np.asarray(tokens, dtype=np.int64),
-        models=numbers.astype(np.int64),
-        window=window,
-        batch_size=batch_size,
-        pool_tokens=pool_tokens,
-        seed=seed,
-    )
-    if plan.steps_per_epoch == 0:
+    lengths = np.asarray(tokens, dtype=np.int32)
+    if len(lengths) == 0:
+        raise InputError("the token store has no training checkpoints: prepare it with a larger tokens.split[0]")
+    if window > (shortest := int(lengths.min())):
         raise InputError(
-            f"config field pretraining.batch_size is {batch_size}, but an epoch has {plan.windows_per_epoch} windows: "
-            f"set it to {plan.windows_per_epoch} or less"
+            f"config field autoencoder.window is {window}, but the shortest model (or segment of one) of the "
+            f"store has {shortest} tokens: set it to {shortest} or less"
         )
+    counts = window_counts(lengths, window)
+    if batch_size > (windows := int(counts.sum())):
+        raise InputError(
+            f"config field pretraining.batch_size is {batch_size}, but an epoch has {windows} windows: "
+            f"set it to {windows} or less"
+        )
+    numbers = np.unique(np.asarray(models), return_inverse=True)[1].astype(np.int32)
+    starts = np.append(0, np.cumsum(group_sizes)).astype(np.int64)
+    plan = Plan(starts, lengths, numbers, window=window, batch_size=batch_size, num_pools=1, seed=seed)
+    spreadable = (np.bincount(numbers, weights=counts) <= plan.steps_per_epoch)[numbers]
+    wanted = -(-int(lengths.sum(dtype=np.int64)) // pool_tokens)
+    for factor in (1, 1.5, 2, 3, 4, 6, LARGEST_POOL):
+        plan = replace(plan, num_pools=min(math.ceil(wanted / factor), plan.steps_per_epoch))
+        if plan.num_pools == 1 or plan._most_of_a_model(spreadable) == 1:
+            break
     return plan
