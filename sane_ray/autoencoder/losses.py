@@ -131,6 +131,13 @@ def signal_mask(signal_counts_bW: Tensor, token_size: int) -> Tensor:
     return torch.arange(token_size, device=signal_counts_bW.device) < signal_counts_bW[..., None]
 
 
+def valid_signal(signal_counts_nW: Tensor, valid: Tensor | None) -> Tensor:
+    """Real weights of each token [n, W], 0 in the rows of each view that ``valid`` [b] says are no windows."""
+    if valid is None:
+        return signal_counts_nW
+    return signal_counts_nW.unflatten(0, (-1, valid.shape[0])).mul(valid[:, None]).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class ErrorScale:
     """What the squared error of a global batch is divided by."""
@@ -156,7 +163,7 @@ def error_scale(
 
     Args: as ``reconstruction``.
     """
-    signal_counts_nW = _valid_signal(signal_counts_nW, valid)
+    signal_counts_nW = valid_signal(signal_counts_nW, valid)
     count = signal_counts_nW.sum()
     divisor = count if divide_by == "signal" else _valid_rows(signal_counts_nW, valid) * target_nWT[0].numel()
     if normalization == "none":
@@ -190,7 +197,7 @@ def scaled_error(
     Returns:
         Scalar.
     """
-    signal_counts_mW = _valid_signal(signal_counts_mW, valid)
+    signal_counts_mW = valid_signal(signal_counts_mW, valid)
     squared_mWT = _signal_error(reconstructed_mWT, target_mWT, signal_counts_mW).square()
     if scale.variance is None:
         squared = squared_mWT.sum()
@@ -391,13 +398,6 @@ def _contrast(projection_nP: Tensor | None, loss: LossConfig, gather: Gather, va
     assert projection_nP is not None, "loss.contrast simclr needs projections"
     projection_1_bP, projection_2_bP = projection_nP.chunk(2)
     return nt_xent(projection_1_bP, projection_2_bP, loss.temperature, gather, valid)
-
-
-def _valid_signal(signal_counts_nW: Tensor, valid: Tensor | None) -> Tensor:
-    """Real weights of each token, none in the rows of any view that are not valid."""
-    if valid is None:
-        return signal_counts_nW
-    return signal_counts_nW.unflatten(0, (-1, valid.shape[0])).mul(valid[:, None]).flatten(0, 1)
 
 
 def _valid_rows(signal_counts_nW: Tensor, valid: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sane_ray.autoencoder.positions import POSITION_NAMES, PositionEmbedding, SinusoidalPositions
 from sane_ray.config import AutoencoderConfig
 from sane_ray.errors import InputError
 
@@ -36,24 +37,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
-_POSITION_NAMES = ("token index", "layer", "channel")
 _INITIAL_STD = 0.02
 _WINDOWS_AT_ONCE = 32
-
-
-class PositionEmbedding(nn.Module):
-    """Learned embedding of where a token stands: half of the width for token index plus layer, half for the channel."""
-
-    def __init__(self, max_positions: list[int], width: int) -> None:
-        super().__init__()
-        self.token = nn.Embedding(max_positions[0], width // 2)
-        self.layer = nn.Embedding(max_positions[1], width // 2)
-        self.channel = nn.Embedding(max_positions[2], width // 2)
-
-    def forward(self, positions_BW3: Tensor) -> Tensor:
-        """Positions, int32 or int64 [B, W, 3], to embeddings [B, W, D]."""
-        token, layer, channel = positions_BW3.unbind(dim=-1)
-        return torch.cat([self.token(token) + self.layer(layer), self.channel(channel)], dim=-1)
 
 
 class Attention(nn.Module):
@@ -146,14 +131,14 @@ class SANE(nn.Module):
             {"table": LayerTable.to_dict(), "normalization": Normalization.to_dict()}}}``; empty if unknown.
 
     Raises:
-        InputError: ``config`` is not resolved: no token size, or no position sizes.
+        InputError: ``config`` is not resolved: no token size, or no sizes of learned position tables.
     """
 
     def __init__(self, config: AutoencoderConfig, *, seed: int = 0) -> None:
         super().__init__()
         if config.token_size == 0:
             raise InputError("config field autoencoder.token_size is 0: set it to the token size of the store")
-        if not config.max_positions:
+        if config.positions == "learned" and not config.max_positions:
             raise InputError(
                 "config field autoencoder.max_positions is empty: set it to LayerTable.position_sizes of the store, "
                 "or to the largest of them"
@@ -161,7 +146,11 @@ class SANE(nn.Module):
         self.config = config
         self.preprocessing: dict[str, Any] = {}
         width, blocks = config.d_model, range(config.layers)
-        self.positions = PositionEmbedding(config.max_positions, width)
+        self.positions: PositionEmbedding | SinusoidalPositions = (
+            PositionEmbedding(config.max_positions, width)
+            if config.positions == "learned"
+            else SinusoidalPositions(width)
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.token_in = nn.Linear(config.token_size, width)
         self.encoder = nn.ModuleList(Block(width, config.heads, config.dropout) for _ in blocks)
@@ -257,7 +246,10 @@ class SANE(nn.Module):
         return self.projection_head(z_BWL)
 
     def check_positions(self, positions_BW3: Tensor, rows_BWX: Tensor) -> None:
-        """Raises ``InputError`` unless there is one position for each row of [B, W, X], each within its table."""
+        """Raises ``InputError`` unless there is one position for each row of [B, W, X], each within its table.
+
+        Sinusoidal positions have no table: any that is not negative is one.
+        """
         if positions_BW3.shape != (*rows_BWX.shape[:2], 3) or positions_BW3.dtype not in (torch.int32, torch.int64):
             raise InputError(
                 f"positions are {positions_BW3.dtype} {list(positions_BW3.shape)}: they must be int32 or int64 "
@@ -267,7 +259,10 @@ class SANE(nn.Module):
             return
         extremes = torch.stack([positions_BW3.amin(dim=(0, 1)), positions_BW3.amax(dim=(0, 1))])
         lowest, highest = extremes.tolist()
-        for i, (name, size) in enumerate(zip(_POSITION_NAMES, self.config.max_positions, strict=True)):
+        if min(lowest) < 0 and self.config.positions == "sinusoidal":
+            raise InputError(f"positions: {min(lowest)} is negative: token index, layer and channel count from 0")
+        sizes = self.config.max_positions if self.config.positions == "learned" else []
+        for i, (name, size) in enumerate(zip(POSITION_NAMES, sizes, strict=False)):
             if lowest[i] < 0 or highest[i] >= size:
                 wrong = lowest[i] if lowest[i] < 0 else highest[i]
                 raise InputError(
