@@ -27,6 +27,13 @@ BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
 LOSSES = (("loss", "total", BLUE), ("loss_recon", "reconstruction", ORANGE), ("loss_contrast", "contrastive", GREEN))
 """Field of a point, its name for a reader, its colour."""
 
+EVALUATIONS = (
+    ("accuracy_original", "accuracy of the originals", INK),
+    ("accuracy", "accuracy of the reconstructed", BLUE),
+    ("agreement", "same answer as the original", ORANGE),
+)
+"""Field of an evaluated point, its name for a reader, its colour."""
+
 SMOOTHING = 50
 """The smoothed curve averages over about this share of the steps (1/50)."""
 
@@ -64,6 +71,11 @@ def plot_accuracies(original: np.ndarray, reconstructed: np.ndarray, path: Path)
     return _save(accuracies_figure(original, reconstructed), path)
 
 
+def plot_evaluations(history: Sequence[Point], path: Path) -> list[Path]:
+    """Draws what reconstructed networks still can do, over a run's steps; see `evaluations_figure`, `plot_losses`."""
+    return _save(evaluations_figure(history), path)
+
+
 def losses_figure(history: Sequence[Point]) -> Figure:
     """Three panels over steps: losses (raw and smoothed, validation as markers), explained variance, learning rate."""
     from matplotlib.ticker import MaxNLocator
@@ -86,6 +98,27 @@ def losses_figure(history: Sequence[Point]) -> Figure:
     _label(rate, "Learning rate", ylabel="learning rate", xlabel="training step")
     if not history:
         losses.text(0.5, 0.5, "no step yet", transform=losses.transAxes, ha="center", color=GREY)
+    return figure
+
+
+def evaluations_figure(history: Sequence[Point]) -> Figure:
+    """Accuracy of held-out networks after encoding and decoding, their own as the goal, and how often the two agree.
+
+    Args:
+        history: points in order of their steps; ``eval/...`` fields, as fractions in [0, 1], where networks were
+            evaluated.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(1, 1, (8, 4.2))
+    for field, label, colour in EVALUATIONS:
+        steps, values = _series(history, f"eval/{field}")
+        goal = field == "accuracy_original"
+        style, marker = ("--", _marker(steps)) if goal else ("-", "o")
+        axes.plot(steps, 100 * values, style, color=colour, linewidth=1.6, marker=marker, markersize=4, label=label)
+    axes.set_ylim(-2, 102)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, "Held-out networks after reconstruction", ylabel="test images (%)", xlabel="training step")
     return figure
 
 

@@ -70,7 +70,7 @@ class Group:
         """The images that the networks were trained on.
 
         Raises:
-            InputError: they are not at hand, or not the same.
+            InputError: they are not at hand, not the same, or of another shape.
         """
         name, seed, fingerprint = (self.params.get(key) for key in _IMAGES)
         if name is None or seed is None:
@@ -80,6 +80,10 @@ class Group:
             raise InputError(
                 f"images {name!r} are not those that the models of {self.store.path} were trained on (fingerprint "
                 f"{images.fingerprint} instead of {fingerprint})"
+            )
+        if images.shape != self.image_shape:
+            raise InputError(
+                f"images {name!r} have shape {list(images.shape)}, and the networks take {list(self.image_shape)}"
             )
         return images
 
