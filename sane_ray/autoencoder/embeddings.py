@@ -1,7 +1,7 @@
 """What tells whether embeddings collapse: their mean norm, and how many dimensions they really use.
 
 Both come from sums that add up over batches and processes, so that nothing but the sums is kept or sent. Meant for
-validation: sums are float64. This module never trains and never waits for the device.
+validation: sums are float64, and eigenvalues wait for the device. This module never trains.
 
 Shape suffixes: n rows, W tokens of a window, L values of an embedding, M = n W tokens.
 """
@@ -50,16 +50,16 @@ def effective_rank(sums: Tensor) -> Tensor:
     embeddings as they are; without its mean, a direction that all embeddings share counts as none here.
 
     Returns:
-        float64 scalar in [1, L]; 0 where the embeddings do not vary, NaN where there are none.
+        float64 scalar in [1, L]; 0 where the embeddings do not vary, NaN where there are none or one is not finite.
     """
     size = (math.isqrt(4 * sums.numel() - 7) - 1) // 2  # of numel = 2 + L + L^2
     count, mean_L = sums[0], sums[2 : 2 + size] / sums[0]
     second_LL = sums[2 + size :].view(size, size) / count
-    # eigvalsh of NaN is an error, and of no embeddings the answer is known.
-    covariance_LL = torch.where(count > 0, second_LL - mean_L.outer(mean_L), 0.0)
+    known = second_LL.isfinite().all()
+    covariance_LL = torch.where(known, second_LL - mean_L.outer(mean_L), 0.0)  # eigvalsh of NaN is an error
     variances_L = torch.linalg.eigvalsh(covariance_LL).clamp(min=0)
     total = variances_L.sum()
     shares_L = variances_L / total
     rank = torch.special.entr(shares_L).sum().exp()
     varies = total > _ROUNDING * second_LL.trace()
-    return torch.where(count > 0, torch.where(varies, rank, 0.0), float("nan"))
+    return torch.where(known, torch.where(varies, rank, 0.0), float("nan"))

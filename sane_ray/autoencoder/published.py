@@ -88,6 +88,7 @@ def config_to_published(config: AutoencoderConfig) -> dict[str, Any]:
     Raises:
         InputError: The published code has no such model.
     """
+    _check_learned_positions(config)
     if config.projection_dim != PROJECTION_DIM:
         raise InputError(
             f"config field autoencoder.projection_dim is {config.projection_dim}: the published code only has "
@@ -124,8 +125,9 @@ def state_dict_to_published(state_dict: Mapping[str, Tensor], config: Autoencode
     """Our weights under published names; the tensors are shared, not copied.
 
     Raises:
-        InputError: Keys are missing or unknown, or a shape differs.
+        InputError: Keys are missing or unknown, a shape differs, or the published code has no such model.
     """
+    _check_learned_positions(config)
     check_weights(state_dict, _empty_weights(config), "state dict")
     return {published_name(name): weight for name, weight in state_dict.items()}
 
@@ -151,6 +153,13 @@ def published_name(name: str) -> str:
         return f"{_MODULES[module]}.{tensor}"
     stack, index, part = module.split(".", maxsplit=2)
     return f"transformer_{stack}.transformer.{index}.{_BLOCK_MODULES[part]}.{tensor}"
+
+
+def _check_learned_positions(config: AutoencoderConfig) -> None:
+    if config.positions != "learned":
+        raise InputError(
+            f"config field autoencoder.positions is {config.positions!r}: the published code only has learned ones"
+        )
 
 
 def _empty_weights(config: AutoencoderConfig) -> dict[str, Tensor]:
