@@ -1,0 +1,204 @@
+"""Tells faults, which a restart mends, from bugs, which would only come again; ends runs that wait in vain.
+
+Ray Train by itself restarts its workers after every exception (``max_failures``), a wrong type as well as a lost node,
+and waits forever for workers that cannot start. Where in doubt, an exception is a fault if a process died with it.
+Never repeats or repairs anything itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from ray.exceptions import RayError, RayTaskError
+from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    RayTrainError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    SchedulingState,
+)
+from torch.distributed import DistError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from sane_ray.errors import InputError
+
+Result = TypeVar("Result")
+
+FAULT_MESSAGES = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket|connectFullMesh|timed? ?out|timeout"
+    r"|NCCL error|NCCL communicator was aborted|peer|unhandled system error|remote process exited"
+    r"|uncorrectable ECC|hardware stack error|unspecified launch failure|CUDA error: unknown error"
+    r"|device(\(s\))? is (lost|busy or unavailable)|no longer available|fell off the bus|nvlink",
+    re.IGNORECASE,
+)
+"""What gloo, NCCL and CUDA say in a plain ``RuntimeError`` when the network, a peer or the device failed."""
+
+WAITING = (InitializingState, SchedulingState, ReschedulingState, RestartingState, ResizingState)
+"""States of Ray Train's controller in which there are no workers."""
+
+_PAUSE_SECONDS = 0.5
+
+_CONTROLLER_LOG = "ray.train.v2._internal.execution.controller.controller"
+_CALLBACK_LOG = "ray.train.v2._internal.execution.callback_manager"
+
+
+class Bug(Exception):
+    """An exception of a training worker that would come again; its text is the whole traceback from there."""
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether a restart from the last checkpoint may mend what a worker raised.
+
+    Faults are dead or unreachable actors, nodes and objects, whatever the operating system refused (storage, network),
+    failed communication between workers, and broken devices. All else is a bug, running out of memory too.
+    """
+    cause = _cause(error)
+    if isinstance(cause, CheckpointException):
+        return all(is_fault(failure) for failure, _ in cause.failures.values())
+    if isinstance(cause, InputError | MemoryError | torch.OutOfMemoryError | RayTaskError):
+        return False
+    if isinstance(cause, OSError | DistError | RayError | RayTrainError):
+        return True
+    return isinstance(cause, RuntimeError) and FAULT_MESSAGES.search(str(cause)) is not None
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether a worker did not raise this, but ended or stopped answering."""
+    return isinstance(error, RayTrainError | RayError) and is_fault(error)
+
+
+def root_bug(worker_exceptions: Mapping[int, BaseException]) -> Exception | None:
+    """The bug among what the workers raised, by rank: the one that others may only have suffered from.
+
+    None where a worker died: that makes others raise all sorts of errors, and a true bug comes again without a death.
+    """
+    if any(is_death(error) for error in worker_exceptions.values()):
+        return None
+    for rank in sorted(worker_exceptions):
+        error = _cause(worker_exceptions[rank])
+        if isinstance(error, InputError | Bug):
+            return error
+        if not is_fault(error):
+            return Bug("".join(traceback.format_exception(error)))
+    return None
+
+
+def told(loop: Callable[..., Result]) -> Callable[..., Result]:
+    """A training loop whose bugs reach the driver whole: Ray loses their traceback, and some cannot travel at all."""
+
+    @functools.wraps(loop)
+    def telling(*arguments: Any, **named: Any) -> Result:
+        try:
+            return loop(*arguments, **named)
+        except InputError:
+            raise
+        except BaseException as error:
+            if is_fault(error):
+                raise
+            raise Bug(traceback.format_exc()) from None
+
+    return telling
+
+
+class StopOnBug(UserCallback):
+    """Ends the run at once when a worker met a bug, for ``ray.train.RunConfig(callbacks=[...])``."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train's controller when workers have raised; that error of a callback is never retried.
+
+        Raises:
+            ControllerError: around the bug, if there is one.
+        """
+        bug = root_bug(worker_exceptions)
+        if bug is not None:
+            raise ControllerError(bug)
+
+
+class StopWaiting(ControllerCallback):
+    """Ends the run when its workers could not be started for too long, for ``ray.train.RunConfig(callbacks=[...])``.
+
+    Counts time, not tries, and begins anew whenever workers have started: a cluster may lose and replace any number of
+    nodes in a long run.
+    """
+
+    def __init__(self, seconds: float, wanted: str) -> None:
+        """Waits so long.
+
+        Args:
+            seconds: how long to wait for workers.
+            wanted: what is waited for, for the error's sentence: ``2 workers of 2 CPUs each``.
+        """
+        self._seconds = seconds
+        self._wanted = wanted
+        self._since: float | None = None
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called by Ray Train's controller, whose log it keeps readable while it waits."""
+        logging.getLogger(_CONTROLLER_LOG).addFilter(_short)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Called by Ray Train's controller at every turn but those of a training that runs.
+
+        Raises:
+            InputError: the time is over.
+        """
+        if not isinstance(current_state, WAITING):
+            self._since = None
+            return
+        if type(current_state) is type(previous_state):  # an elastic run with too few nodes would look again at once
+            time.sleep(_PAUSE_SECONDS)
+        self._since = self._since or time.monotonic()
+        if time.monotonic() - self._since > self._seconds:
+            logging.getLogger(_CALLBACK_LOG).setLevel(logging.CRITICAL)  # it would call the sentence below a crash
+            raise InputError(
+                f"the cluster had no room for {self._wanted} for {self._seconds / 60:g} minutes: add nodes, or lower "
+                "cluster.num_workers, and give the same command again: it goes on from the last checkpoint"
+            )
+
+
+def _short(record: logging.LogRecord) -> bool:
+    """Makes one line of what Ray says, with its whole stack, each minute that workers do not start."""
+    if record.exc_info and isinstance(record.exc_info[1], WorkerGroupStartupTimeoutError):
+        record.msg, record.args = (
+            "still waiting for %s workers: the cluster lacks room",
+            (record.exc_info[1].num_workers,),
+        )
+        record.levelno, record.levelname, record.exc_info = logging.WARNING, "WARNING", None
+    return True
+
+
+def reason_of(error: TrainingFailedError) -> Exception:
+    """What to raise for a training that failed: the input error or the bug behind it, else the error as it is."""
+    if isinstance(error, ControllerError):
+        failure = error.controller_failure
+        return failure if isinstance(failure, InputError | Bug) else error
+    if isinstance(error, WorkerGroupError):
+        return root_bug(error.worker_failures) or error
+    return error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What is inside Ray's wrappers of exceptions."""
+    while True:
+        if isinstance(error, WorkerHealthCheckFailedError):
+            error = error.health_check_failure
+        elif isinstance(error, ControllerError):
+            error = error.controller_failure
+        elif isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) and error.cause is not error:
+            error = error.cause
+        else:
+            return error
