@@ -1,19 +1,41 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_training import STEPS, make_batches, make_trainer, whole_weights
+from rank_of_many import load
+from small_training import (
+    SETTINGS,
+    STEPS,
+    B,
+    filler,
+    make_batches,
+    make_trainer,
+    token_distance,
+    whole_weights,
+)
 
 from sane_ray.autoencoder.losses import explained_variance
+from sane_ray.pretraining.batch import concatenate
 from sane_ray.pretraining.step import METRICS, choose_precision
 
 LOSS = METRICS.index("loss")
 NORM = METRICS.index("gradient_norm")
+SKIPPED = METRICS.index("skipped")
+
+WORLDS = {
+    2: ["plain", "micro", "recomputed", "kept", "bfloat16"],
+    3: ["plain", "bfloat16"],
+    4: ["node"],
+}
+"""How many processes are compared with one, and in which of SETTINGS: 8 windows are 3, 3 and 2 of three."""
+
+CASES = [(world_size, name) for world_size, names in WORLDS.items() for name in names]
 
 
 def run_steps(trainer, batches):
@@ -21,54 +43,151 @@ def run_steps(trainer, batches):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """What two processes made of the same global batches."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    script = Path(__file__).parent / "rank_of_two.py"
+def many_ranks(tmp_path_factory):
+    """What several processes made of the same global batches, and the folder of their checkpoints."""
+    folder = tmp_path_factory.mktemp("many_ranks")
+    script = Path(__file__).parent / "rank_of_many.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(folder)], env=environment) for rank in range(2)
-    ]
-    assert [process.wait(timeout=180) for process in processes] == [0, 0]
-    return folder, torch.load(folder / "two.pt", weights_only=True)
+    outcomes = {}
+    for world_size, names in WORLDS.items():
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), str(world_size), str(folder), *names], env=environment
+            )
+            for rank in range(world_size)
+        ]
+        assert [process.wait(timeout=300) for process in processes] == [0] * world_size
+        outcomes[world_size] = torch.load(folder / f"{world_size}.pt", weights_only=True)
+    return folder, outcomes
 
 
-def test_two_ranks_train_as_one_on_the_same_global_batches(two_ranks):
-    trainer = make_trainer()
+def one_rank(name):
+    return make_trainer(behavior=token_distance, **SETTINGS[name])
+
+
+@pytest.mark.parametrize(("world_size", "name"), CASES)
+def test_many_ranks_train_as_one_on_the_same_global_batches(many_ranks, world_size, name):
+    outcome = many_ranks[1][world_size][name]
+    trainer = one_rank(name)
     metrics = run_steps(trainer, make_batches(STEPS))
-    _, two = two_ranks
-    torch.testing.assert_close(two["metrics"], metrics, atol=1e-5, rtol=1e-5)
-    for name, weight in whole_weights(trainer).items():
-        torch.testing.assert_close(two["weights"][name], weight, atol=1e-5, rtol=1e-5)
+    # In bfloat16 the gradient of a weight is rounded once for each rank, so the sums differ by 2^-8 of the parts.
+    tolerance = 2e-2 if name == "bfloat16" else 2e-5
+    torch.testing.assert_close(outcome["metrics"], metrics, atol=tolerance, rtol=tolerance)
+    assert (metrics[:, SKIPPED] == 0).all()
+    for weight_name, weight in whole_weights(trainer).items():
+        torch.testing.assert_close(outcome["weights"][weight_name], weight, atol=2 * tolerance, rtol=tolerance)
+    expected = trainer.validate(make_batches(2, seed=9))
+    assert outcome["validation"] == pytest.approx(expected, abs=tolerance, rel=tolerance)
 
 
-def test_two_ranks_validate_as_one(two_ranks):
-    trainer = make_trainer()
-    run_steps(trainer, make_batches(STEPS))
-    _, two = two_ranks
-    assert two["validation"] == pytest.approx(trainer.validate(make_batches(2, seed=9)), abs=1e-5)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_first_loss_in_bfloat16_is_that_of_one_rank(many_ranks, world_size):
+    """The same weights are rounded alike, whether they are gathered in bfloat16 or rounded by autocast."""
+    first = many_ranks[1][world_size]["bfloat16"]["metrics"][0]
+    expected = one_rank("bfloat16").step(make_batches(1)[0])
+    torch.testing.assert_close(first[:NORM], expected[:NORM], atol=1e-6, rtol=1e-6)
 
 
-def test_one_rank_continues_what_two_saved(two_ranks):
-    folder, _ = two_ranks
-    resumed, uninterrupted = make_trainer(seed=5), make_trainer()
-    resumed.state.load(folder / "checkpoint")
+@pytest.mark.parametrize(("world_size", "name"), [(2, "plain"), (4, "node")])
+def test_one_rank_continues_what_many_saved(many_ranks, world_size, name):
+    folder, outcomes = many_ranks
+    resumed, uninterrupted = one_rank("plain"), one_rank("plain")
+    load(resumed, folder / f"{world_size}_{name}", outcomes[world_size][name]["record"])
     assert resumed.state.step == STEPS
     run_steps(uninterrupted, make_batches(STEPS))
     further = make_batches(2, seed=2)
-    torch.testing.assert_close(run_steps(resumed, further), run_steps(uninterrupted, further), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run_steps(resumed, further), run_steps(uninterrupted, further), atol=2e-4, rtol=2e-4)
 
 
-def test_two_ranks_continue_what_two_saved_bit_by_bit(two_ranks):
-    _, two = two_ranks
-    assert torch.equal(two["resumed"], two["uninterrupted"])
+@pytest.mark.parametrize(("world_size", "name"), CASES)
+def test_many_ranks_continue_what_they_saved_bit_by_bit(many_ranks, world_size, name):
+    outcome = many_ranks[1][world_size][name]
+    assert torch.equal(outcome["resumed"], outcome["uninterrupted"])
 
 
-def test_two_ranks_in_bfloat16_stay_close_to_one_in_bfloat16(two_ranks):
-    _, two = two_ranks
-    one = run_steps(make_trainer(precision="bfloat16"), make_batches(2, seed=2))
-    torch.testing.assert_close(two["bfloat16"][:, :NORM], one[:, :NORM], atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(two["bfloat16"][:, NORM], one[:, NORM], atol=0, rtol=2e-2)
+@pytest.mark.parametrize("changed", [{"micro_batch": 1}, {"micro_batch": 3}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize("loss", [{}, {"contrast": "none", "behavior": 0.3}, {"reconstruction": "elements"}])
+def test_how_it_is_computed_changes_nothing(changed, loss):
+    batches = [concatenate([batch.rows(0, 7), filler(1)]) for batch in make_batches(STEPS)]
+    whole, pieces = (make_trainer(loss=loss, behavior=token_distance, **how) for how in ({}, changed))
+    torch.testing.assert_close(run_steps(pieces, batches), run_steps(whole, batches), atol=1e-5, rtol=1e-5)
+    for name, weight in whole_weights(whole).items():
+        torch.testing.assert_close(whole_weights(pieces)[name], weight, atol=1e-5, rtol=1e-5)
+
+
+def test_both_passes_over_micro_batches_drop_the_same():
+    trainer = make_trainer(dropout=0.5, micro_batch=2)
+    views = trainer._views(make_batches(1)[0], noisy=True)
+    trainer.model.train()
+    first_pass = trainer._projections(views, trainer._ranges(B)).unflatten(0, (2, B))
+    for number, (begin, end) in enumerate(trainer._ranges(B)):
+        projection = trainer._forward(views.rows(begin, end), number)[2].unflatten(0, (2, -1))
+        torch.testing.assert_close(projection, first_pass[:, begin:end])
+
+
+def test_filler_counts_nothing():
+    batches = make_batches(STEPS)
+    without, with_filler = (make_trainer(behavior=token_distance, loss={"behavior": 0.2}) for _ in range(2))
+    filled = [concatenate([batch, filler(3)]) for batch in batches]
+    torch.testing.assert_close(run_steps(with_filler, filled), run_steps(without, batches), atol=1e-5, rtol=1e-5)
+    assert with_filler.validate(filled) == pytest.approx(without.validate(batches), abs=1e-5)
+
+
+def test_the_behavioural_part_has_its_weight():
+    trainer = make_trainer(behavior=token_distance, loss={"behavior": 0.25, "gamma": 0.3})
+    row = dict(zip(METRICS, trainer.step(make_batches(1)[0]), strict=False))
+    structural = 0.3 * row["loss_contrast"] + 0.7 * row["loss_recon"]
+    assert row["loss_behavior"] > 0
+    assert float(row["loss"]) == pytest.approx(float(0.75 * structural + 0.25 * row["loss_behavior"]), rel=1e-5)
+
+
+def test_without_contrast_only_the_first_view_counts():
+    trainer = make_trainer(loss={"contrast": "none"}, noise=0.0, erase=0.0)
+    batch = make_batches(1)[0]
+    other = replace(batch, view_2=torch.full_like(batch.view_2, float("nan")))
+    row = trainer.step(other)
+    assert row[LOSS] == row[METRICS.index("loss_recon")] > 0
+    assert torch.isfinite(row).all()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count():
+    batch = make_batches(1)[0]
+    broken = replace(batch, view_1=torch.full_like(batch.view_1, float("inf")))
+    trainer = make_trainer()
+    trainer.step(batch)
+    before = {name: tensor.clone() for name, tensor in trainer.state.state_dict().items()}
+    rate = trainer.state.scheduler.get_last_lr()
+    assert trainer.step(broken)[SKIPPED] == 1
+    after = trainer.state.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("rng."))
+    assert trainer.state.step == 2 and trainer.state.scheduler.get_last_lr() != rate
+    assert trainer.step(batch)[SKIPPED] == 0
+
+
+def test_a_step_left_out_moves_the_schedule_alone():
+    trainer, other = make_trainer(), make_trainer()
+    batches = make_batches(2)
+    run_steps(trainer, batches[:1])
+    run_steps(other, batches[:1])
+    weights = whole_weights(other)
+    other.skip()
+    assert other.state.step == 2
+    assert all(torch.equal(weights[name], weight) for name, weight in whole_weights(other).items())
+    trainer.step(batches[1])
+    rate = METRICS.index("learning_rate")
+    assert trainer.step(batches[0])[rate] == other.step(batches[0])[rate]
+
+
+def test_validation_tells_how_embeddings_spread():
+    measured = make_trainer().validate(make_batches(2))
+    assert measured["val/embedding_norm"] > 0
+    assert 1 <= measured["val/effective_rank"] <= 5
+
+
+def test_sinusoidal_positions_train_too():
+    trainer = make_trainer(positions="sinusoidal", steps=30)
+    rows = run_steps(trainer, make_batches(1) * 30)
+    assert rows[-1, LOSS] < rows[0, LOSS]
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 0.1), (20, 0.05), (5, 0.2), (4, 0.25), (2, 0.5), (1, 0.3)])
@@ -78,21 +197,8 @@ def test_a_cycle_of_any_length_can_be_walked(steps, warmup):
     assert torch.isfinite(rates).all() and (rates > 0).all()
 
 
-def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path):
-    batches = make_batches(6)
-    uninterrupted, stopped, resumed = (make_trainer(noise=0.1, seed=seed) for seed in (0, 0, 7))
-    expected = run_steps(uninterrupted, batches)
-    run_steps(stopped, batches[:3])
-    stopped.state.save(tmp_path)
-    resumed.pretraining = stopped.pretraining
-    resumed.state.load(tmp_path)
-    torch.testing.assert_close(run_steps(resumed, batches[3:]), expected[3:], atol=0, rtol=0)
-    for name, weight in whole_weights(uninterrupted).items():
-        assert torch.equal(whole_weights(resumed)[name], weight)
-
-
 def test_the_loss_falls_and_the_explained_variance_rises():
-    trainer = make_trainer(steps=150)
+    trainer = make_trainer(steps=150, noise=0.0, erase=0.0)
     batch = make_batches(1)[0]
     metrics = run_steps(trainer, [batch] * 150)
     assert metrics[-1, LOSS] < 0.5 * metrics[0, LOSS]
@@ -102,24 +208,10 @@ def test_the_loss_falls_and_the_explained_variance_rises():
 def test_gradients_are_clipped_and_their_norm_before_is_told():
     batches = make_batches(1)
     free, clipped = make_trainer(gradient_clip=0.0), make_trainer(gradient_clip=1e-3)
+    beta = clipped.state.optimizer.param_groups[0]["betas"][0]  # of this step; the schedule changes it
     assert run_steps(free, batches)[0, NORM] == run_steps(clipped, batches)[0, NORM]
-    tight = make_trainer(gradient_clip=1e-3)
-    norms = []
-    tight.state.optimizer.register_step_pre_hook(
-        lambda optimizer, *_: norms.append(torch.cat([p.grad.flatten() for p in tight.model.parameters()]).norm())
-    )
-    tight.step(batches[0])
-    assert float(norms[0]) == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_noise_leaves_padding_zero_and_differs_from_step_to_step():
-    trainer = make_trainer(noise=0.5)
-    batch = make_batches(1)[0]
-    torch.manual_seed(0)
-    tokens, signal, _ = trainer._augmented(batch)
-    padding = torch.arange(tokens.shape[-1]) >= signal[..., None]
-    assert (tokens[padding] == 0).all()
-    assert not torch.equal(tokens, trainer._augmented(batch)[0])
+    moments = [state["exp_avg"].flatten() / (1 - beta) for state in clipped.state.optimizer.state.values()]
+    assert float(torch.cat(moments).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_only_matrices_and_embeddings_decay():
@@ -139,7 +231,9 @@ def test_validation_changes_nothing():
 
 def test_bfloat16_stays_close_to_float32():
     batches = make_batches(1)
-    exact, rounded = (run_steps(make_trainer(precision=p), batches)[0, LOSS] for p in ("float32", "bfloat16"))
+    exact, rounded = (
+        run_steps(make_trainer(precision=p, noise=0.0, erase=0.0), batches)[0, LOSS] for p in ("float32", "bfloat16")
+    )
     assert exact != rounded
     assert float(rounded) == pytest.approx(float(exact), rel=0.02)
 
