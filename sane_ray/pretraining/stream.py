@@ -3,55 +3,75 @@
 Each training worker runs its own stream over its share of the plan and gets its rows in exactly that order. Never
 decides an order itself, and never holds more than a pool of row groups.
 
+The windows are cut and permuted in one task beside the worker, on the worker's node. It asks the cluster for no CPU:
+the worker reserves those of its stream with its own, so neither can wait for the other, nor for another worker's.
+
 Shapes: B windows, W tokens in a window, T values in a token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from sane_ray.config import AugmentationConfig
-from sane_ray.pretraining.batch import Batch
+from sane_ray.errors import InputError
+from sane_ray.pretraining.batch import FILLER, Batch
 from sane_ray.pretraining.plan import Plan, Windows, plan_of, window_counts
+from sane_ray.pretraining.views import Mover, Permuted
 from sane_ray.tokens.store import Segment, TokenStore
-from sane_ray.tokens.symmetry import gather_indices, random_permutations
+from sane_ray.tokens.store.reading import RAW_DTYPES, RowGroup
+from sane_ray.tokens.tokenizer import LayerTable
 
-ROWS_A_BLOCK = 512
-"""Windows that the reading stage hands on at once."""
+BLOCK_BYTES = 32e6
+"""Size of the blocks of windows that the reading task hands on, to whole steps."""
 
-MOST_BLOCKS = 1024
-"""Blocks of pool numbers that an execution starts from, however many pools its epochs have."""
+BUFFER_BYTES = 512e6
+"""Blocks that wait for the worker, in the shared memory of its node. Without a limit Ray Data takes a share of the
+memory of all nodes for each stream."""
+
+MOST_ITEMS = 1024
+"""Work items that an execution of many epochs starts from, however many pools these have."""
+
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 64)
+"""Waits between attempts to read while the storage is away."""
 
 Columns = dict[str, NDArray[Any]]
-"""A block of windows, a row each: view_1 [B, W, T], perhaps view_2, signal [B, W], positions [B, W, 3]."""
+"""A block of windows of whole steps, a row each: view_1 [B, W, T], perhaps view_2, signal [B, W], positions [B, W, 3],
+slot [B], checkpoint [B]."""
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def plan_of_store(
     store: TokenStore, split: str, *, window: int, batch_size: int, pool_mb: float, seed: int
-) -> tuple[Plan, list[Any]]:
+) -> tuple[Plan, list[RowGroup]]:
     """The plan over one split of a store, and the row groups that its indices mean."""
     groups = store.row_groups(split)
-    models = store.models["model"].to_pylist()
     segments = [segment for group in groups for segment in group.segments]
-    numbers = iter(range(len(segments)))
-    bytes_a_token = store.token_size * _DTYPES[store.dtype].itemsize
+    names = pc.dictionary_encode(store.models["model"].combine_chunks()).indices.to_numpy()
     plan = plan_of(
-        [[next(numbers) for _ in group.segments] for group in groups],
+        [len(group.segments) for group in groups],
         [segment.tokens for segment in segments],
-        [models[segment.checkpoint] for segment in segments],
+        names[[segment.checkpoint for segment in segments]],
         window=window,
         batch_size=batch_size,
-        pool_tokens=max(1, int(pool_mb * 1e6 / bytes_a_token)),
+        pool_tokens=max(1, int(pool_mb * 1e6 / (store.token_size * RAW_DTYPES[store.dtype].itemsize))),
         seed=seed,
     )
     return plan, groups
@@ -63,81 +83,151 @@ def windows_of_split(store: TokenStore, split: str, window: int) -> int:
     return int(window_counts(np.array(tokens), window).sum()) if tokens else 0
 
 
+class Part(NamedTuple):
+    """Pools ``begin`` to ``end`` of an epoch."""
+
+    epoch: int
+    begin: int
+    end: int
+
+
+def parts_of(plan: Plan, epochs: int, first_step: int) -> list[Part]:
+    """The work of all epochs from that of global step ``first_step`` on, in order, in about ``MOST_ITEMS`` at most."""
+    left = range(first_step // plan.steps_per_epoch, epochs)
+    size = -(-plan.num_pools * len(left) // MOST_ITEMS)
+    pools = range(0, plan.num_pools, size) if left else ()
+    return [Part(epoch, begin, min(begin + size, plan.num_pools)) for epoch in left for begin in pools]
+
+
 @dataclass(frozen=True)
 class WindowReader:
     """Reads pools of row groups and cuts the windows that one worker trains on, both views of each."""
 
     store: Path
     plan: Plan
-    groups: list[Any]
+    groups: list[RowGroup]
     augmentation: AugmentationConfig
     rank: int
     world_size: int
 
-    def blocks(self, pools: Mapping[str, NDArray[np.int64]]) -> Iterator[Columns]:
-        """Ray Data stage: a batch of pool numbers in, blocks of windows out, in the plan's order."""
-        store = _opened(self.store)
-        for epoch, number, first_step in zip(pools["epoch"], pools["pool"], pools["first_step"], strict=True):
-            yield from self.read(store, int(epoch), int(number), int(first_step))
+    @property
+    def rows(self) -> int:
+        """Rows of this worker's batches, filler included."""
+        return -(-self.plan.batch_size // self.world_size)
 
-    def read(self, store: TokenStore, epoch: int, number: int, first_step: int) -> Iterator[Columns]:
-        """Blocks of this worker's windows of one pool of one epoch."""
-        pool = self.plan.pools(epoch)[number]
-        share = self.plan.share(epoch, pool, rank=self.rank, world_size=self.world_size, first_step=first_step)
-        if len(share.start) == 0:
-            return
+    def bytes_a_row(self, store: TokenStore) -> int:
+        """Of a row of a block."""
+        views = 1 + (self._kinds[1] is not None)
+        return self.plan.window * (views * store.token_size * RAW_DTYPES[store.dtype].itemsize + 16) + 16
+
+    def steps_a_block(self, store: TokenStore) -> int:
+        """Steps of which the windows are handed on together."""
+        return max(1, int(BLOCK_BYTES / (self.rows * self.bytes_a_row(store))))
+
+    def blocks(
+        self, parts: Mapping[str, NDArray[np.int64]], first_step: int = 0, skip: frozenset[int] = frozenset()
+    ) -> Iterator[Columns]:
+        """Ray Data stage: a batch of parts in, blocks of windows out, in the plan's order."""
+        store = patiently(functools.partial(_opened, self.store), self.store)
+        for part in zip(*(parts[name] for name in Part._fields), strict=True):
+            yield from self.read(store, Part(*map(int, part)), first_step, skip)
+
+    def read(
+        self, store: TokenStore, part: Part, first_step: int = 0, skip: frozenset[int] = frozenset()
+    ) -> Iterator[Columns]:
+        """Blocks of this worker's windows of some pools, without global steps before ``first_step`` or in ``skip``."""
+        begin = part.epoch * self.plan.steps_per_epoch
+        first_step = max(0, first_step - begin)
+        for pool in self.plan.pools(part.epoch)[part.begin : part.end]:
+            if pool.first_step + pool.steps > first_step:
+                share = self.plan.share(
+                    part.epoch, pool, rank=self.rank, world_size=self.world_size, first_step=first_step
+                )
+                kept = ~np.isin(share.step + begin, list(skip))
+                yield from self._read_pool(store, part.epoch, Windows(*(column[kept] for column in share)))
+
+    def _read_pool(self, store: TokenStore, epoch: int, share: Windows) -> Iterator[Columns]:
+        """Reads the row groups that this worker needs of a pool, and no other."""
         wanted = set(share.segment.tolist())
-        parts: dict[int, _Part] = {}
-        for group in pool.groups:
-            stored = zip(self.plan.groups[group], store.read_row_group(self.groups[group]), strict=True)
-            parts |= {number: _Part(*part) for number, part in stored if number in wanted}
-        for begin in range(0, len(share.start), ROWS_A_BLOCK):
-            yield self._cut(store, parts, Windows(*(column[begin : begin + ROWS_A_BLOCK] for column in share)), epoch)
+        found: dict[int, _Tokens] = {}
+        for group in self.plan.groups_of(share):
+            stored = patiently(functools.partial(store.read_row_group, self.groups[group]), self.store)
+            numbered = zip(self.plan.segments_of(group), stored, strict=True)
+            found |= {number: self._tokens(store, epoch, *one) for number, one in numbered if number in wanted}
+        size = self.steps_a_block(store) * self.rows
+        for begin in range(0, len(share.step), size):
+            yield self._cut(store, found, Windows(*(column[begin : begin + size] for column in share)))
 
-    def _cut(self, store: TokenStore, parts: dict[int, _Part], windows: Windows, epoch: int) -> Columns:
-        W = self.plan.window
-        pairs = [(parts[n], s) for n, s in zip(windows.segment.tolist(), windows.start.tolist(), strict=True)]
-        kinds = {"view_1": self.augmentation.view_1, "view_2": self.augmentation.view_2}
-        if kinds["view_2"] == "canonical" == kinds["view_1"]:
-            del kinds["view_2"]  # the same windows: not sent twice
-        columns = {}
-        for number, (view, kind) in enumerate(kinds.items(), start=1):
-            cuts = [
-                self._permuted(store, part, start, (epoch, number))
-                if kind == "permuted" and _is_whole(store, part.segment)
-                else part.values[start : start + W]
-                for part, start in pairs
-            ]
-            columns[view] = _as_bits(np.stack(cuts))
-        places = [(store.architecture_of(p.segment.checkpoint).table, p.segment.first + s) for p, s in pairs]
-        columns["signal"] = np.stack([table.signal_of(s, s + W) for table, s in places])
-        columns["positions"] = np.stack([table.positions_of(s, s + W) for table, s in places])
+    @property
+    def _kinds(self) -> tuple[str, str | None]:
+        """Of the two views; the second is None where it is the same as the first."""
+        view_1, view_2 = self.augmentation.view_1, self.augmentation.view_2
+        return view_1, None if view_1 == view_2 == "canonical" else view_2
+
+    def _tokens(self, store: TokenStore, epoch: int, segment: Segment, values_NT: NDArray[Any]) -> _Tokens:
+        """A segment as both views show it. A part of a checkpoint has not all the channels that would change places."""
+        architecture = store.architecture_of(segment.checkpoint)
+        moves = segment.tokens == architecture.table.num_tokens and not architecture.symmetry.is_trivial
+        mover = _mover(store, architecture.name) if moves and "permuted" in self._kinds else None
+        movers = tuple(mover if kind == "permuted" else None for kind in self._kinds)
+        return _Tokens(segment, architecture.table, values_NT, movers, (self.plan.seed, self.augmentation.seed, epoch))
+
+    def _cut(self, store: TokenStore, found: Mapping[int, _Tokens], windows: Windows) -> Columns:
+        """One block: contiguous arrays, filled once; filler rows stay zero."""
+        B, W = len(windows.slot), self.plan.window
+        views = ["view_1"] + ["view_2"] * (self._kinds[1] is not None)
+        columns: Columns = {
+            name: np.zeros((B, W, store.token_size), _carried(RAW_DTYPES[store.dtype])) for name in views
+        }
+        columns |= {"signal": np.zeros((B, W), np.int32), "positions": np.zeros((B, W, 3), np.int32)}
+        columns |= {"slot": windows.slot, "checkpoint": np.full(B, FILLER)}
+        for row, (number, start) in enumerate(zip(windows.segment.tolist(), windows.start.tolist(), strict=True)):
+            if number == FILLER:
+                continue
+            tokens = found[number]
+            for view, name in enumerate(views):
+                tokens.cut(view, start, columns[name][row])
+            first = tokens.segment.first + start
+            columns["signal"][row] = tokens.table.signal_of(first, first + W)
+            columns["positions"][row] = tokens.table.positions_of(first, first + W)
+            columns["checkpoint"][row] = tokens.segment.checkpoint
         return columns
 
-    def _permuted(self, store: TokenStore, part: _Part, start: int, stream: tuple[int, int]) -> NDArray[Any]:
-        """A window of the network after a random symmetry, drawn from (seed, epoch, view, checkpoint, start).
 
-        Normalisation is affine per layer and so commutes with the permutation of channels.
-        """
-        checkpoint = part.segment.checkpoint
-        architecture = store.architecture_of(checkpoint)
-        rng = np.random.default_rng((self.plan.seed, *stream, checkpoint, start))
-        permutations = random_permutations(architecture.symmetry, rng)
-        stop = start + self.plan.window
-        indices = gather_indices(architecture.table, architecture.symmetry, permutations, start=start, stop=stop)
-        return part.values.reshape(-1).take(indices).reshape(self.plan.window, -1)
-
-
-class _Part(NamedTuple):
-    """A segment and its stored values [tokens, T]."""
+@dataclass
+class _Tokens:
+    """A segment with all that is needed to cut windows of it."""
 
     segment: Segment
-    values: NDArray[Any]
+    table: LayerTable
+    """Of its architecture."""
+    values_NT: NDArray[Any]
+    """As stored."""
+    movers: tuple[Mover | None, ...]
+    """What permutes it in each view, if anything."""
+    seeds: tuple[int, int, int]
+    """Of the plan, of the augmentation, and the epoch."""
+    permuted: dict[int, Permuted] = field(default_factory=dict)
+    """By view; drawn when the first window is cut."""
+
+    def cut(self, view: int, start: int, out_WT: NDArray[Any]) -> None:
+        """Writes the bits of a window of a view, 0 or 1, into ``out_WT``."""
+        out_WT = out_WT.view(self.values_NT.dtype)
+        mover = self.movers[view]
+        if mover is None:
+            out_WT[:] = self.values_NT[start : start + len(out_WT)]
+            return
+        if view not in self.permuted:
+            rng = np.random.default_rng((*self.seeds, view + 1, self.segment.checkpoint))
+            self.permuted[view] = Permuted(self.values_NT, mover, rng)
+        self.permuted[view].cut(start, out_WT)
 
 
-def _is_whole(store: TokenStore, segment: Segment) -> bool:
-    """Whether a segment is a whole checkpoint: a part of one has not all the channels that would change places."""
-    return segment.tokens == store.architecture_of(segment.checkpoint).table.num_tokens
+@functools.lru_cache(maxsize=64)
+def _mover(store: TokenStore, architecture: str) -> Mover:
+    """What permutes networks of one of the store's architectures; made once a process."""
+    found = store.architectures[architecture]
+    return Mover(found.table, found.symmetry)
 
 
 @functools.lru_cache(maxsize=2)
@@ -146,68 +236,160 @@ def _opened(path: Path) -> TokenStore:
     return TokenStore.open(path)
 
 
+def patiently(read: Callable[[], _T], store: Path, waits: Sequence[float] = RETRY_SECONDS) -> _T:
+    """Calls ``read`` again, after each of ``waits`` seconds, as long as the storage seems to be away.
+
+    Raises:
+        InputError: what ``read`` raised at last, or at once where the storage is there and the file is damaged.
+    """
+    for wait in waits:
+        try:
+            return read()
+        except (OSError, InputError) as error:
+            if not _is_away(error, store):
+                raise
+            _log.warning("the token store cannot be read (%s): trying again in %g s", error, wait)
+            time.sleep(wait)
+    return read()
+
+
+def _is_away(error: BaseException, store: Path) -> bool:
+    """Whether the system refused to read: damaged contents are errors of pyarrow, which have no number."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return (isinstance(cause, OSError) and cause.errno is not None) or not store.is_dir()
+
+
 def stream(
-    reader: WindowReader, *, epochs: int, first_step: int, data_cpus: float, prefetch_batches: int = 2
+    reader: WindowReader,
+    *,
+    epochs: int,
+    first_step: int,
+    skip: frozenset[int] = frozenset(),
+    device: torch.device | None = None,
 ) -> Generator[Batch, None, None]:
     """This worker's batches from global step ``first_step`` to the end of the last epoch, in the plan's order.
 
     One Ray Data execution reads all epochs, so its start-up is paid once. Closing the iterator ends the execution.
+
+    Args:
+        reader: What to read, and for which worker.
+        epochs: Epochs of the whole run.
+        first_step: Steps that are left out at the beginning.
+        skip: Global steps whose batches are left out as well.
+        device: Where the batches are wanted; on a GPU they are copied while the one before is worked on.
     """
+    device = device or torch.device("cpu")
+    with contextlib.closing(_batches(reader, epochs, first_step, skip, pin=device.type == "cuda")) as batches:
+        yield from batches if device.type != "cuda" else _ahead(batches, device)
+
+
+def _batches(
+    reader: WindowReader, epochs: int, first_step: int, skip: frozenset[int], pin: bool
+) -> Generator[Batch, None, None]:
+    parts = parts_of(reader.plan, epochs, first_step)
+    if not parts:
+        return
+    store = TokenStore.open(reader.store)
+    dtype = _DTYPES[store.dtype]
+    for columns in _steps(_execution(reader, store, parts, first_step, skip), reader.rows):
+        yield to_batch(columns, dtype, pin)
+
+
+def _steps(blocks: Iterable[Columns], rows: int) -> Iterator[Columns]:
+    """Steps of so many rows, from blocks that Ray Data may have joined or cut on the way."""
+    rest: Columns = {}
+    for block in blocks:
+        columns = {name: np.concatenate([rest[name], column]) for name, column in block.items()} if rest else block
+        count = len(columns["slot"])
+        for begin in range(0, count - rows + 1, rows):
+            yield _rows(columns, begin, begin + rows)
+        rest = _rows(columns, count - count % rows, count) if count % rows else {}
+
+
+def _rows(columns: Columns, begin: int, end: int) -> Columns:
+    return {name: column[begin:end] for name, column in columns.items()}
+
+
+def _execution(
+    reader: WindowReader, store: TokenStore, parts: list[Part], first_step: int, skip: frozenset[int]
+) -> Iterable[Columns]:
+    """Blocks of whole steps, read and cut by Ray Data a little ahead of whoever iterates."""
+    import ray
     import ray.data
 
-    steps = reader.plan.steps_per_epoch
-    items = [
-        {"epoch": epoch, "pool": pool, "first_step": first_step % steps if epoch == first_step // steps else 0}
-        for epoch in range(first_step // steps, epochs)
-        for pool in range(len(reader.plan.pools(epoch)))
-    ]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
+    blocks = ray.data.from_items([part._asdict() for part in parts], override_num_blocks=len(parts)).map_batches(
         reader.blocks,
+        fn_kwargs={"first_step": first_step, "skip": skip},
         batch_size=1,
         batch_format="numpy",
-        num_cpus=data_cpus,
-        # A task that waits for its reader keeps its CPUs: with more than one a worker could starve the others' streams,
-        # and all of them would wait for each other in the next collective.
         compute=ray.data.TaskPoolStrategy(size=1),
+        # No CPU: the worker reserves it. On the worker's node, or where that one takes no tasks any more, anywhere.
+        num_cpus=0,
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+        fallback_strategy=[{"label_selector": {}}],
     )
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.enable_progress_bars = False
-    rows = reader.plan.batch_size // reader.world_size
-    dtype = _DTYPES[TokenStore.open(reader.store).dtype]
-    batches = dataset.iter_batches(
-        batch_size=rows, batch_format="numpy", prefetch_batches=prefetch_batches, drop_last=True
+    context = blocks.context
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=BUFFER_BYTES
     )
-    for columns in batches:
-        yield to_batch(cast(Columns, columns), dtype)
+    # Ray Data hands a block on once it is larger than this, and cuts it in two at one and a half times as much.
+    context.target_max_block_size = int(0.9 * reader.steps_a_block(store) * reader.rows * reader.bytes_a_row(store))
+    context.enable_progress_bars = False
+    return cast(Iterable[Columns], blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
+
+
+def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on a GPU, the next one read and copied by a thread and a stream of its own meanwhile."""
+    copies = torch.cuda.Stream(device)
+
+    def copied() -> tuple[Batch, torch.cuda.Event] | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(copies):
+            return batch.to(device), copies.record_event()
+
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(copied)
+        while (arrived := coming.result()) is not None:
+            coming = thread.submit(copied)
+            batch, event = arrived
+            here = torch.cuda.current_stream(device)
+            here.wait_event(event)
+            for each in fields(batch):
+                getattr(batch, each.name).record_stream(here)  # its memory is not used again before here is done
+            yield batch
 
 
 def fixed_batches(reader: WindowReader, batches: int) -> list[Batch]:
     """This worker's part of the first ``batches`` global batches of the plan's epoch 0, read at once into memory."""
     store = TokenStore.open(reader.store)
-    rows = reader.plan.batch_size // reader.world_size
-    blocks: list[Columns] = []
-    for number in range(len(reader.plan.pools(0))):
-        blocks += reader.read(store, 0, number, 0)
-        if sum(len(block["signal"]) for block in blocks) >= batches * rows:
+    dtype = _DTYPES[store.dtype]
+    found: list[Batch] = []
+    for columns in reader.read(store, Part(0, 0, reader.plan.num_pools)):
+        whole = to_batch(columns, dtype)
+        found += [whole.rows(begin, begin + reader.rows) for begin in range(0, len(whole), reader.rows)]
+        if len(found) >= batches:
             break
-    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    whole = to_batch(columns, _DTYPES[store.dtype])
-    return [whole.rows(i * rows, (i + 1) * rows) for i in range(batches)]
+    return found[:batches]
 
 
-def to_batch(columns: Columns, dtype: torch.dtype) -> Batch:
-    """Columns of a block as tensors; a missing second view is the first."""
-    view_1 = _from_bits(columns["view_1"], dtype)
-    view_2 = _from_bits(columns["view_2"], dtype) if "view_2" in columns else view_1
-    signal, positions = (_from_bits(columns[name], torch.int32) for name in ("signal", "positions"))
-    return Batch(view_1, view_2, signal, positions)
+def to_batch(columns: Columns, dtype: torch.dtype, pin: bool = False) -> Batch:
+    """Columns of a block as tensors of their own memory, pinned if wanted; a missing second view is the first."""
+    tensors = {name: _own(column, pin) for name, column in columns.items()}
+    for name in {"view_1", "view_2"} & set(tensors):
+        tensors[name] = tensors[name].view(dtype)
+    return Batch(**{"view_2": tensors["view_1"]} | tensors)
 
 
-def _as_bits(column: NDArray[Any]) -> NDArray[Any]:
-    """Half-precision values as their bits: Arrow tensors then need no type that some reader lacks."""
-    return column.view(np.uint16) if column.dtype == np.float16 else column
+def _own(column: NDArray[Any], pin: bool) -> torch.Tensor:
+    """A copy: Ray's blocks are read-only memory that other processes share."""
+    tensor = torch.empty(column.shape, dtype=getattr(torch, column.dtype.name), pin_memory=pin)
+    tensor.numpy()[...] = column
+    return tensor
 
 
-def _from_bits(column: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.from_numpy(np.require(column, requirements=["C", "W"]))  # Ray's blocks may be read-only
-    return tensor.view(dtype) if tensor.dtype == torch.uint16 else tensor
+def _carried(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Number format of values on their way: half precision as its bits, since Arrow has no bfloat16."""
+    return np.dtype(np.uint16) if dtype.itemsize == 2 else dtype
