@@ -93,8 +93,7 @@ class StateBytes:
     gradients: float
     """Of that shard, float32."""
     gathered: float
-    """Weights of others that it holds to compute with, in the format of the matrix products, and gradients of a block
-    before they are shared out."""
+    """See ``gathered_bytes``."""
     activations: float
     """What the forward pass of one micro-batch keeps for the backward; unsharded, also autocast's copy of weights."""
     working: float
@@ -148,9 +147,8 @@ class MemoryNeed:
     def on(self, placement: Placement) -> StateBytes:
         """Bytes of a worker there.
 
-        Per parameter of a shard: 4 for itself, 4 for its gradient, 8 for the moments. Where weights are sharded, the
-        weights of two blocks (one computed, the next on its way) and of what is outside of blocks are gathered, or with
-        ``reshard`` off all of them; where they are not, autocast keeps a bfloat16 copy of all until the backward pass.
+        Per parameter of a shard: 4 for itself, 4 for its gradient, 8 for the moments. Several workers gather what
+        ``gathered_bytes`` says; on one, autocast keeps a bfloat16 copy of all weights with the activations.
         """
         training, size = self.pretraining, model_size(self.autoencoder)
         shards = shards_of(training, placement.workers, placement.per_node)
@@ -162,10 +160,11 @@ class MemoryNeed:
             parameters=FLOAT32 * shard,
             optimizer=2 * FLOAT32 * shard,
             gradients=FLOAT32 * shard,
-            gathered=gathered_bytes(size, shards, reshard=training.reshard, bfloat16=bfloat16),
-            activations=self._activations(micro, placement, bfloat16)
-            + (BFLOAT16 * size.parameters if shards == 1 and bfloat16 else 0),
-            working=self._working(micro, placement.workers * micro, bfloat16),
+            gathered=gathered_bytes(
+                size, placement.workers, reshard=training.reshard, bfloat16=bfloat16, accumulating=micro < rows
+            ),
+            activations=self._activations(micro, placement, bfloat16),
+            working=self._working(rows, micro, placement, bfloat16),
             accumulating=micro < rows,
             staging=STATE_BYTES * shard,
             host=PROCESS_BYTES + training.shuffle_mb * 1e6,
@@ -174,24 +173,33 @@ class MemoryNeed:
     def _activations(self, windows: int, placement: Placement, bfloat16: bool) -> float:
         config = self.autoencoder
         tokens, blocks = self.views * windows * config.window, 2 * config.layers
-        fused = placement.gpu or not bfloat16
-        block = tokens * block_bytes_per_token(config, bfloat16=bfloat16, fused_attention=fused)
+        block = tokens * block_bytes_per_token(config, bfloat16=bfloat16, gpu=placement.gpu)
         outside = tokens * config.d_model * (12 if bfloat16 else 8)  # positions, which both halves add, and the ends
         if self.pretraining.activation_checkpointing:
-            return outside + blocks * tokens * FLOAT32 * config.d_model + block  # what enters each; one is redone
-        return outside + blocks * block
+            return outside + blocks * tokens * FLOAT32 * config.d_model  # what enters each
+        weights = BFLOAT16 * model_size(config).parameters if placement.workers == 1 and bfloat16 else 0
+        return outside + blocks * block + weights
 
-    def _working(self, windows: int, global_windows: int, bfloat16: bool) -> float:
-        """Of each value of a token: both formats of the batch, noise, targets, outputs, errors and their sums."""
+    def _working(self, rows: int, micro: int, placement: Placement, bfloat16: bool) -> float:
+        """The batch in both formats and the targets of all rows; of a micro-batch, what losses or a block need.
+
+        Losses hold outputs, errors, squares and the sums of the explained variance, 24 bytes for each value; the
+        contrastive one compares all rows of the worker with all of the global batch. The backward pass of a block holds
+        gradients around its widest part, and with activation checkpointing all that its forward pass kept.
+        """
         config = self.autoencoder
-        tokens = self.views * windows * config.window
-        values = tokens * config.token_size * 38
-        backward = tokens * config.d_model * (8 * (BFLOAT16 if bfloat16 else FLOAT32) + 2 * FLOAT32)
-        logits = 4 * FLOAT32 * (self.views * windows) * (self.views * global_windows) if self.views == 2 else 0
-        return max(values + logits, tokens * config.token_size * 14 + backward)
+        row_tokens = self.views * config.window
+        batch = rows * row_tokens * config.token_size * 14
+        losses = micro * row_tokens * config.token_size * 24
+        if self.views == 2:
+            losses += 4 * FLOAT32 * (2 * rows) * (2 * rows * placement.workers)
+        block = config.d_model * (4 * (BFLOAT16 if bfloat16 else FLOAT32) + 2 * FLOAT32)
+        if self.pretraining.activation_checkpointing:
+            block += block_bytes_per_token(config, bfloat16=bfloat16, gpu=placement.gpu)
+        return batch + max(losses, micro * row_tokens * block)
 
 
-def block_bytes_per_token(config: AutoencoderConfig, *, bfloat16: bool, fused_attention: bool) -> float:
+def block_bytes_per_token(config: AutoencoderConfig, *, bfloat16: bool, gpu: bool) -> float:
     """What one block keeps of one token for its backward pass.
 
     In units of D values. float32: inputs of both norms 2, their outputs 2, queries, keys and values 3, mixed values 1,
@@ -202,17 +210,22 @@ def block_bytes_per_token(config: AutoencoderConfig, *, bfloat16: bool, fused_at
     """
     width = config.d_model
     kept = (2 * FLOAT32 + 14 * BFLOAT16) * width if bfloat16 else 16 * FLOAT32 * width
-    attention = FLOAT32 * config.heads if fused_attention else BFLOAT16 * config.heads * config.window
+    attention = FLOAT32 * config.heads if gpu or not bfloat16 else BFLOAT16 * config.heads * config.window
     return kept + attention + (2 * width if config.dropout else 0)
 
 
-def gathered_bytes(size: ModelSize, shards: int, *, reshard: bool, bfloat16: bool) -> float:
-    """Weights held beside the own shard, and the whole gradients of what is being reduced."""
-    each = BFLOAT16 if bfloat16 else FLOAT32
-    if shards == 1:
+def gathered_bytes(size: ModelSize, workers: int, *, reshard: bool, bfloat16: bool, accumulating: bool) -> float:
+    """Whole weights that a worker holds beside its shard, and whole gradients of what is being reduced.
+
+    Weights of two blocks (one computed, the next on its way), or with ``reshard`` off of all, in the format of the
+    matrix products; what is outside of blocks stays whole, in float32. Gradients are whole until they are reduced: of a
+    block and of what is outside, or over micro-batches of all. See ``pretraining.sharding.shard``.
+    """
+    if workers == 1:
         return 0.0
-    weights = min(2, size.blocks) * size.block + size.root if reshard else size.parameters
-    return each * weights + FLOAT32 * (size.block + size.root)
+    blocks = min(2, size.blocks) if reshard else size.blocks
+    weights = (BFLOAT16 if bfloat16 else FLOAT32) * blocks * size.block + FLOAT32 * size.root
+    return weights + FLOAT32 * (size.parameters if accumulating else size.block + size.root)
 
 
 def shards_of(training: PretrainingConfig, workers: int, per_node: int) -> int:
@@ -330,12 +343,13 @@ def step_on_paper(
 ) -> Step:
     """Bytes, FLOPs and times of a step with ``windows`` windows a GPU.
 
-    FSDP (Zhao et al., arXiv 2304.11277) gathers N weights, in each micro-batch once for the forward and, with
-    ``reshard``, once more for the backward pass, and reduces N gradients in float32 once: of each, a rank moves
-    (S - 1) / S. Hybrid sharding does so within the node and then all-reduces the N / S gradients of each rank between
-    R = G / S nodes, 2 (R - 1) / R of their bytes, as does plain data parallelism with S = 1 (ring all-reduce,
-    Patarasuk and Yuan 2009). What crosses nodes arrives once in each node and comes in over all its network cards: a
-    GPU carries 1 / per_node of it. Latencies and kernel launches are left out: small models on many GPUs are slower.
+    FSDP (Zhao et al., arXiv 2304.11277) gathers N weights, in each micro-batch once for the forward and, those of
+    blocks with ``reshard``, once more for the backward pass, and reduces N gradients in float32 once: of each, a rank
+    moves (S - 1) / S. Hybrid sharding does so within the node and then all-reduces the N / S gradients of each rank
+    between R = G / S nodes, 2 (R - 1) / R of their bytes, as does plain data parallelism with S = 1 (ring all-reduce,
+    Patarasuk and Yuan 2009). Micro-batches of the contrastive loss encode everything once more. What crosses nodes
+    arrives once in each node and comes in over all its network cards: a GPU carries 1 / per_node of it. Latencies and
+    kernel launches are left out: small models on many GPUs are slower.
 
     Args:
         need: model, training and loss.
@@ -351,9 +365,11 @@ def step_on_paper(
     bfloat16 = computes_in_bfloat16(training, placement)
     memory = MemoryNeed(config, training, need.loss).on(placement)
     shards, nodes = shards_of(training, gpus, placement.per_node), -(-gpus // per_node)
-    micro_batches = -(-windows // min(training.micro_batch or windows, windows))
-    gathers = micro_batches * (2 if training.reshard else 1)
-    weights = (BFLOAT16 if bfloat16 else FLOAT32) * size.parameters * gathers
+    pieces = -(-windows // min(training.micro_batch or windows, windows))
+    again = pieces > 1 and need.views == 2  # micro-batches: the contrastive loss needs all projections beforehand
+    passes = (2 if training.reshard else 1) + (0.5 if again else 0)
+    blocks = (BFLOAT16 if bfloat16 else FLOAT32) * size.blocks * size.block * passes
+    weights = pieces * (blocks + FLOAT32 * size.root)
     gradients = FLOAT32 * size.parameters
     replicas = gpus // shards
     across = 2 * (replicas - 1) / replicas * gradients / shards
@@ -362,7 +378,7 @@ def step_on_paper(
         contrast = 3 * (gpus - 1) / gpus * 2 * windows * gpus * config.projection_dim * FLOAT32
     crossing = _crossing(nodes, placement.per_node, shards, weights + gradients, across)
     flops = need.views * windows * config.window * size.flops_per_token
-    work = flops * (4 / 3 if training.activation_checkpointing else 1)
+    work = flops * (1 + (1 / 3 if training.activation_checkpointing else 0) + (1 / 6 if again else 0))
     peak = device.flops(torch.bfloat16 if bfloat16 else torch.float32) or device.float32
     return Step(
         gpus=gpus,
@@ -428,8 +444,8 @@ def scaling_table(
     size = model_size(autoencoder)
     head = (
         f"on paper: {size.parameters / 1e6:.1f} M parameters, {windows} windows a GPU, sharding "
-        f"{pretraining.sharding}, {known.name} at {ASSUMED_MFU:.0%} MFU, {per_node} a node, {known.link / 1e9:g} GB/s in it "
-        f"and {known.network / 1e9:g} GB/s a GPU between nodes"
+        f"{pretraining.sharding}, {known.name} at {ASSUMED_MFU:.0%} MFU, {per_node} a node, {known.link / 1e9:g} GB/s "
+        f"in it and {known.network / 1e9:g} GB/s a GPU between nodes"
     )
     width = max(len(name) for name, _ in _ROWS)
     lines = [f"  {name:<{width}}" + "".join(f"{show(step):>12}" for step in steps) for name, show in _ROWS]
