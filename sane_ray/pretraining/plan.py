@@ -31,10 +31,13 @@ VERSION = 1
 LARGEST_POOL = 8
 """A pool holds at most about so many times ``pool_tokens`` (or one batch), whatever batches then repeat models."""
 
+POOLS_LOOKED_AT = 100
+"""Pools that show whether batches repeat models."""
+
 FILLER = -1
 """Segment and slot of a row without a window."""
 
-_GROUPS, _MODELS, _PHASES, _WINDOWS, _STEPS = range(5)  # keep the random streams of an epoch apart
+_GROUPS, _TIMES, _MODELS, _PHASES, _WINDOWS, _STEPS = range(6)  # keep the random streams of an epoch apart
 
 Ints = NDArray[np.int64]
 
@@ -124,11 +127,12 @@ class Plan:
 
     @cached_property
     def most_of_a_model(self) -> int:
-        """Bound on the windows of one model in a global batch of the first epoch; other epochs are drawn alike.
+        """Bound on the windows of one model in a global batch, in the epochs that were looked at.
 
-        1 means that no batch has two windows of a model.
+        1 means that no batch has two windows of a model. Looked at are the first epochs, as many as have
+        ``POOLS_LOOKED_AT`` pools (one, where all epochs have the same pool); later epochs are drawn alike.
         """
-        return self._most_of_a_model(np.ones(len(self.models), dtype=np.bool_))
+        return max(int(self._repeats(epoch)[1].max()) for epoch in self._epochs_looked_at())
 
     def ledger(self, global_step: int) -> dict[str, int | str]:
         """What a run has seen after so many steps: kept in checkpoints, and compared when it resumes."""
@@ -153,19 +157,21 @@ class Plan:
 
     def pools(self, epoch: int) -> list[Pool]:
         """The epoch's pools in order. Their steps are the same in every epoch, their row groups are not."""
-        if epoch not in self._pools:
-            sequence = self._sequence(epoch)
-            begin, end = self._bounds[:-1] * self.batch_size, self._bounds[1:] * self.batch_size
-            first = (np.searchsorted(sequence.first, begin, side="right") - 1).tolist()
-            last = np.searchsorted(sequence.first, np.minimum(end, self.windows_per_epoch), side="left").tolist()
+        pools = self._pools.get(epoch)
+        if pools is None:
+            sequence, bounds = self._sequence(epoch), self._bounds
+            first = np.searchsorted(sequence.first, bounds[:-1] * self.batch_size, side="right") - 1
+            last = np.searchsorted(sequence.first, np.minimum(bounds[1:] * self.batch_size, self.windows_per_epoch))
             groups = sequence.groups.tolist()
-            bounds = self._bounds.tolist()
-            self._pools.clear()  # of one epoch only: training does not go back
-            self._pools[epoch] = [
-                Pool(tuple(groups[first[k] : last[k]]), bounds[k], bounds[k + 1] - bounds[k])
-                for k in range(self.num_pools)
+            pools = [
+                Pool(tuple(groups[begin:end]), first_step, steps)
+                for begin, end, first_step, steps in zip(
+                    first.tolist(), last.tolist(), bounds[:-1].tolist(), np.diff(bounds).tolist(), strict=True
+                )
             ]
-        return self._pools[epoch]
+            self._pools.clear()  # training does not go back to an earlier epoch
+            self._pools[epoch] = pools
+        return pools
 
     def windows(self, epoch: int, pool: Pool) -> Windows:
         """All windows of a pool, by step and slot."""
@@ -214,6 +220,14 @@ class Plan:
         return np.add.reduceat(window_counts(self.tokens, self.window), self.starts[:-1], dtype=np.int64)
 
     @cached_property
+    def _home(self) -> Ints:
+        """Model that each row group counts as: the one of its models with most windows."""
+        counts = window_counts(self.tokens, self.window)
+        size = np.bincount(self.models, weights=counts).astype(np.int64)[self.models]
+        largest = np.maximum.reduceat(size * len(size) + np.arange(len(size)), self.starts[:-1]) % len(size)
+        return self.models[largest].astype(np.int64)
+
+    @cached_property
     def _bounds(self) -> Ints:
         """First step of each pool, and at last the number of steps: pools are as equal as they can be."""
         return np.arange(self.num_pools + 1) * self.steps_per_epoch // self.num_pools
@@ -228,21 +242,22 @@ class Plan:
     def _sequence(self, epoch: int) -> _Sequence:
         """Row groups by random time in the epoch, those of one model at equal distances.
 
-        A row group of several models counts as its first segment's.
+        A row group of several models counts as that one's which has most windows in the epoch.
         """
-        if epoch not in self._sequences:
-            rng = np.random.default_rng((self.seed, epoch, _GROUPS))
-            home = self.models[self.starts[:-1]]
-            order = rng.permutation(len(home))
+        sequence = self._sequences.get(epoch)
+        if sequence is None:
+            home = self._home
+            order = np.argsort(self._hash(epoch, _GROUPS, np.arange(len(home))))
             order = order[np.argsort(home[order], kind="stable")]
             home = home[order]
             begin = np.searchsorted(home, home)
             count = np.searchsorted(home, home, side="right") - begin
-            time = (rng.random(int(self.models.max()) + 1)[home] + (np.arange(len(home)) - begin) / count) % 1
-            groups = order[np.argsort(time, kind="stable")]
+            time = self._hash(epoch, _TIMES, home) / 2.0**64 + (np.arange(len(home)) - begin) / count
+            groups = order[np.argsort(time % 1, kind="stable")]
+            sequence = _Sequence(groups, np.append(0, np.cumsum(self._windows_of_group[groups])))
             self._sequences.clear()
-            self._sequences[epoch] = _Sequence(groups, np.append(0, np.cumsum(self._windows_of_group[groups])))
-        return self._sequences[epoch]
+            self._sequences[epoch] = sequence
+        return sequence
 
     def _windows_of_pool(self, epoch: int, pool: Pool) -> tuple[Ints, Ints, Ints, NDArray[np.uint64]]:
         """Segment, start, row group (its place in the pool's list) and a random number of each window of a pool.
@@ -276,14 +291,14 @@ class Plan:
         """Order of a pool's batches, the fuller ones (of a last pool) first."""
         left = self.windows_per_epoch - pool.first_step * self.batch_size
         fuller = min(left, pool.steps * self.batch_size) % pool.steps
-        rng = np.random.default_rng((self.seed, epoch, _STEPS, pool.first_step))
-        return np.concatenate([rng.permutation(fuller), fuller + rng.permutation(pool.steps - fuller)])
+        chance = self._hash(epoch, _STEPS, pool.first_step + np.arange(pool.steps))
+        return np.concatenate([np.argsort(chance[:fuller]), fuller + np.argsort(chance[fuller:])])
 
     def _hash(self, epoch: int, stream: int, *numbers: NDArray[Any]) -> NDArray[np.uint64]:
         """Random 64-bit numbers that depend on nothing but seed, epoch, stream and the numbers themselves.
 
-        Different last numbers give different results (each round of splitmix64 is a bijection; Steele, Lea and Flood,
-        "Fast splittable pseudorandom number generators", 2014).
+        Numpy's generators may change with its version; an order must not. Different last numbers give different results
+        (splitmix64 is a bijection; Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
         """
         state: NDArray[np.uint64]
         state = np.random.SeedSequence((self.seed, epoch, stream)).generate_state(1, np.uint64)  # type: ignore[assignment]
@@ -294,27 +309,35 @@ class Plan:
             state ^= state >> np.uint64(31)
         return state
 
-    def _most_of_a_model(self, counted: NDArray[np.bool_]) -> int:
-        """Bound on the windows of one model in a batch of the first epoch, among the segments that are counted.
+    def _repeats_no_more_than(self, least: Ints) -> bool:
+        """Whether no batch of the epochs looked at holds more windows of a model than ``least`` says."""
+        repeats = (self._repeats(epoch) for epoch in self._epochs_looked_at())
+        return all(bool(np.all(bounds <= least[model])) for model, bounds in repeats)
 
-        Row groups that pools share count in each of them.
+    def _epochs_looked_at(self) -> range:
+        return range(1 if self.num_pools == 1 else -(-POOLS_LOOKED_AT // self.num_pools))
+
+    def _repeats(self, epoch: int) -> tuple[Ints, Ints]:
+        """Models of each pool of an epoch, and bounds on their windows in one of its batches.
+
+        Row groups that pools share count wholly in each of them.
         """
-        sequence = self._sequence(0)
+        sequence = self._sequence(epoch)
         first, last = np.empty((2, len(sequence.groups)), dtype=np.int64)
         for pool, place in ((first, sequence.first[:-1]), (last, sequence.first[1:] - 1)):
             pool[sequence.groups] = np.searchsorted(self._bounds, place // self.batch_size, side="right") - 1
-        group = np.repeat(np.arange(len(first)), np.diff(self.starts))[counted]
-        times = (last - first + 1)[group]
-        key = np.repeat(self.models[counted] + first[group] * (int(self.models.max()) + 1), times)
-        key += _counted(times) * (int(self.models.max()) + 1)
-        counts = np.repeat(window_counts(self.tokens[counted], self.window), times)
-        order = np.argsort(key)
-        key = key[order]
-        runs = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
-        if len(runs) == 0:
-            return 1
-        steps = np.diff(self._bounds)[key[runs] // (int(self.models.max()) + 1)]
-        return min(self.batch_size, int((-(-np.add.reduceat(counts[order], runs) // steps)).max()))
+        sizes = np.diff(self.starts)
+        times = np.repeat(last - first + 1, sizes)
+        pool = np.repeat(np.repeat(first, sizes), times) + _counted(times)
+        counts = window_counts(self.tokens, self.window)
+        models, most = int(self.models.max()) + 1, int(counts.max()) + 1
+        # One number that sorts by pool and model and says the windows: far faster than to sort three columns.
+        packed = np.sort((pool * models + np.repeat(self.models, times)) * most + np.repeat(counts, times))
+        key, counts = np.divmod(packed, most)
+        runs = np.flatnonzero(np.diff(key, prepend=-1))
+        pool, model = np.divmod(key[runs], models)
+        repeats = -(-np.add.reduceat(counts, runs) // np.diff(self._bounds)[pool])
+        return model, np.minimum(repeats, self.batch_size)
 
 
 def window_counts(tokens: NDArray[Any], window: int) -> Ints:
@@ -330,6 +353,13 @@ def _phases(tokens: NDArray[Any], window: int) -> NDArray[Any]:
 def _counted(sizes: Ints) -> Ints:
     """0, 1, ... for each size, one after the other."""
     return np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _numbered(models: NDArray[Any]) -> NDArray[np.int32]:
+    """Models as numbers from 0 on without gaps, in the order of their names or numbers."""
+    if models.dtype.kind in "iu" and models.min() == 0 and models.max() < len(models) and np.bincount(models).min() > 0:
+        return models.astype(np.int32)
+    return np.unique(models, return_inverse=True)[1].astype(np.int32)
 
 
 def _places_of_groups(model: Ints, group: Ints) -> Ints:
@@ -359,8 +389,8 @@ def plan_of(
     """A plan from what a store's index says.
 
     The number of pools is such that one holds about ``pool_tokens``, or up to ``LARGEST_POOL`` times as much where
-    batches would otherwise hold several windows of a model that is small enough for one (no more windows than batches
-    in an epoch).
+    batches would otherwise hold more windows of a model than they must: one, if it has no more windows than the epoch
+    has batches.
 
     Args:
         group_sizes: Segments in each row group.
@@ -388,13 +418,13 @@ def plan_of(
             f"config field pretraining.batch_size is {batch_size}, but an epoch has {windows} windows: "
             f"set it to {windows} or less"
         )
-    numbers = np.unique(np.asarray(models), return_inverse=True)[1].astype(np.int32)
+    numbers = _numbered(np.asarray(models))
     starts = np.append(0, np.cumsum(group_sizes)).astype(np.int64)
     plan = Plan(starts, lengths, numbers, window=window, batch_size=batch_size, num_pools=1, seed=seed)
-    spreadable = (np.bincount(numbers, weights=counts) <= plan.steps_per_epoch)[numbers]
+    least = -(-np.bincount(numbers, weights=counts).astype(np.int64) // plan.steps_per_epoch)
     wanted = -(-int(lengths.sum(dtype=np.int64)) // pool_tokens)
-    for factor in (1, 1.5, 2, 3, 4, 6, LARGEST_POOL):
+    for factor in (1, 2, 4, LARGEST_POOL):
         plan = replace(plan, num_pools=min(math.ceil(wanted / factor), plan.steps_per_epoch))
-        if plan.num_pools == 1 or plan._most_of_a_model(spreadable) == 1:
+        if plan._repeats_no_more_than(least):
             break
     return plan
