@@ -87,4 +87,4 @@ def _steps_of_a_turn(frequencies: int, longest_period: float, device: torch.devi
     """
     growth = (longest_period / _SHORTEST_PERIOD) ** (1 / max(frequencies - 1, 1))
     periods = [_SHORTEST_PERIOD * growth**i for i in range(frequencies)]
-    return torch.tensor([round(2**_TURN_BITS / period) for period in periods], device=device)
+    return torch.tensor([round(2**_TURN_BITS / period) for period in periods], dtype=torch.int64, device=device)

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sane_ray.autoencoder.model import SANE, attend, join_windows, window_indices
+from sane_ray.autoencoder.model import SANE, Block, attend, join_windows, window_indices
 from sane_ray.config import AutoencoderConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import LayerStatistics, fit
@@ -120,6 +121,24 @@ def test_forward_is_encode_decode_and_project():
     assert torch.equal(z, model.encode(tokens, positions))
     assert torch.equal(y, model.decode(z, positions))
     assert torch.equal(projection, model.project(z))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_blocks_are_compiled_without_a_break_and_recomputed_to_the_bit(precision):
+    block = Block(32, 4, dropout=0.0)
+    x = torch.randn(2, 12, 32, requires_grad=True)
+    ways = (
+        block,
+        torch.compile(block, backend="eager", fullgraph=True),
+        lambda x: checkpoint(block, x, use_reentrant=False),
+    )
+    results = []
+    for way in ways:
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            y = way(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), [x, *block.parameters()])))
+    for result in results[1:]:
+        assert all(torch.equal(value, expected) for value, expected in zip(result, results[0], strict=True))
 
 
 def test_any_length_is_encoded_and_decoded_but_only_a_training_window_projected():
