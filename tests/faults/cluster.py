@@ -17,9 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,13 +34,15 @@ WAIT_SECONDS = 120
 """Longest wait for anything: a loaded machine is slow, a broken one is told."""
 
 
+Process = subprocess.Popen[bytes]
+
+
 @dataclass(frozen=True)
 class Node:
     """A node: its address on the loopback network and its mark."""
 
     ip: str
     mark: str
-    folder: Path
 
     @property
     def pids(self) -> list[int]:
@@ -95,23 +100,35 @@ class Cluster:
         }
 
     def add_node(self, cpus: int) -> Node:
-        """Starts a node and waits until the cluster knows it."""
-        self._added += 1
-        ip = f"127.0.1.{self._added}"
-        node = self._start_node(ip, "--address", self.address, "--num-cpus", str(cpus))
-        self.nodes.append(node)
-        return node
+        """Starts a node and waits until it has joined."""
+        return self.add_nodes(cpus)[0]
+
+    def add_nodes(self, *cpus: int) -> list[Node]:
+        """Starts several at once."""
+        arguments = [("--address", self.address, "--num-cpus", str(count)) for count in cpus]
+        first = self._added + 1
+        self._added += len(cpus)
+        with ThreadPoolExecutor() as threads:
+            started = [threads.submit(self._start_node, f"127.0.1.{first + i}", *a) for i, a in enumerate(arguments)]
+        added = [node.result() for node in started]
+        self.nodes += added
+        return added
 
     def kill_node(self, node: Node) -> None:
         """Ends all processes of a node at once, without a word to the cluster."""
         self.nodes.remove(node)
         kill_all(lambda: node.pids)
 
-    def start(self, *command: str, log: Path) -> subprocess.Popen[bytes]:
+    def start(self, *command: str, log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> Process:
         """Starts a process that joins the cluster (a driver), its output in ``log``."""
         with log.open("ab") as output:
             return subprocess.Popen(
-                command, stdout=output, stderr=output, env=self.environment, cwd=ROOT, start_new_session=True
+                command,
+                stdout=output,
+                stderr=output,
+                env=self.environment | dict(environment),
+                cwd=ROOT,
+                start_new_session=True,
             )
 
     def stop(self) -> None:
@@ -120,8 +137,9 @@ class Cluster:
         self._guard.stdin.close()
         self._guard.wait(WAIT_SECONDS)
 
-    def _start_node(self, ip: str, *arguments: str) -> Node:
-        node = Node(ip, secrets.token_hex(8), self.folder)
+    def _start_node(self, ip: str, *arguments: str, tries: int = 3) -> Node:
+        """Starts a node; again if Ray gave up, which it does when a busy machine takes half a minute."""
+        node = Node(ip, secrets.token_hex(8))
         ray = str(Path(sys.executable).parent / "ray")
         command = [ray, "start", "--block", "--node-ip-address", ip, *arguments, "--disable-usage-stats"]
         command += ["--object-store-memory", str(self.object_store_mb * 10**6), "--temp-dir", str(self.folder)]
@@ -130,14 +148,50 @@ class Cluster:
         del environment["RAY_ADDRESS"]
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        wait_until(lambda: process.poll() is not None or "Ray runtime started" in log.read_text())
+        if process.poll() is None:
+            return node
+        kill_all(lambda: node.pids)
+        if tries == 1:
+            raise RuntimeError(f"a node did not start: {log.read_text()}")
+        return self._start_node(ip, *arguments, tries=tries - 1)
 
-        def started() -> bool:
-            if process.poll() is not None:
-                raise RuntimeError(f"a node did not start: {log.read_text()}")
-            return "Ray runtime started" in log.read_text()
 
-        wait_until(started)
-        return node
+class MlflowServer:
+    """A real `mlflow server` on a free loopback port, with its own database."""
+
+    def __init__(self, folder: Path) -> None:
+        """Starts nothing yet."""
+        self.folder = folder
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: Process | None = None
+
+    def start(self) -> None:
+        """Starts the server, and waits until it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", f"{self.folder}/artifacts"]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        log = self.folder / "server.log"
+        with log.open("a") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+        wait_until(self._answers)
+
+    def kill(self) -> None:
+        """Ends it with its own children, without a word to clients."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def _answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200
+        except OSError:
+            return False
 
 
 def free_port() -> int:
