@@ -6,7 +6,8 @@ model's row groups lie far apart in the sequence, and a pool's windows are dealt
 other: no batch holds two windows of a model that has no more of them in the pool than the pool has batches.
 
 Within a batch, windows are in order of their row groups, and worker r of w takes the r-th of w equal slices: about one
-w-th of a pool's row groups is all that it has to read.
+w-th of a pool's row groups is all that it has to read (somewhat more where row groups share models: by the noise of
+random batches, about 1 / sqrt(batch_size) of the pool).
 
 Never reads tokens and never imports Ray.
 """
