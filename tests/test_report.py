@@ -9,9 +9,11 @@ import pytest
 
 from sane_ray.report import (
     accuracies_figure,
+    evaluations_figure,
     explained_variance,
     losses_figure,
     plot_accuracies,
+    plot_evaluations,
     plot_losses,
     plot_reconstruction,
     reconstruction_figure,
@@ -146,6 +148,28 @@ def test_accuracies_are_points_in_percent_around_a_diagonal(tmp_path):
     assert accuracies_figure(np.array([]), np.array([])).axes
     with pytest.raises(ValueError, match="shapes"):
         accuracies_figure(before, after[:2])
+
+
+def test_evaluations_are_lines_in_percent_over_the_steps_that_had_one(tmp_path):
+    points = history(20)
+    for step, accuracy in ((4, 0.2), (9, 0.5), (19, 0.8)):
+        points[step] |= {"eval/accuracy": accuracy, "eval/accuracy_original": 0.9, "eval/agreement": accuracy - 0.1}
+    (axes,) = evaluations_figure(points).axes
+    assert lines(axes) == {
+        "accuracy of the originals": ([4, 9, 19], [90, 90, 90]),
+        "accuracy of the reconstructed": ([4, 9, 19], pytest.approx([20, 50, 80])),
+        "same answer as the original": ([4, 9, 19], pytest.approx([10, 40, 70])),
+    }
+    assert axes.get_xlabel() == "training step" and "%" in axes.get_ylabel()
+    png, svg = plot_evaluations(points, tmp_path / "evaluations.png")
+    assert is_png(png)
+    assert is_svg(svg)
+
+
+def test_a_single_evaluation_is_visible_and_none_is_drawn_too():
+    point = {"step": 3, "eval/accuracy": 0.2, "eval/accuracy_original": 0.9, "eval/agreement": 0.3}
+    assert all(line.get_marker() in ("o", ".") for line in evaluations_figure([point]).axes[0].get_lines())
+    assert not any(len(line.get_xdata()) for line in evaluations_figure(history(5)).axes[0].get_lines())
 
 
 def test_explained_variance_is_r_squared():

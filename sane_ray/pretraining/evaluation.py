@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -347,11 +347,14 @@ class Evaluations:
 
 
 def _start(model: Path, store: Path, checkpoints: Sequence[int]) -> Any:
-    """Starts a task outside the training's placement group; its process, being nice, does nothing after it."""
+    return _remote(_evaluate_nicely).remote(model, store, checkpoints)
+
+
+def _remote(function: Callable[..., Any]) -> Any:
+    """A task outside the training's placement group, whose process, being nice, does nothing after it."""
     import ray
 
-    task = ray.remote(num_cpus=0, max_calls=1, max_retries=1, scheduling_strategy="DEFAULT")(_evaluate_nicely)
-    return task.remote(model, store, checkpoints)
+    return ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy="DEFAULT")(function)
 
 
 def _evaluate_nicely(model: Path, store: Path, checkpoints: Sequence[int]) -> tuple[dict[str, float], str]:
