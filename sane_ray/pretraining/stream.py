@@ -291,11 +291,11 @@ def _batches(
         return
     store = TokenStore.open(reader.store)
     dtype = _DTYPES[store.dtype]
-    for columns in _steps(_execution(reader, store, parts, first_step, skip), reader.rows):
+    for columns in whole_steps(_execution(reader, store, parts, first_step, skip), reader.rows):
         yield to_batch(columns, dtype, pin)
 
 
-def _steps(blocks: Iterable[Columns], rows: int) -> Iterator[Columns]:
+def whole_steps(blocks: Iterable[Columns], rows: int) -> Iterator[Columns]:
     """Steps of so many rows, from blocks that Ray Data may have joined or cut on the way."""
     rest: Columns = {}
     for block in blocks:
