@@ -26,7 +26,7 @@ def test_sinusoids_are_sines_and_cosines_of_geometric_periods(size):
     growth = (2**20 / 4) ** (1 / max(frequencies - 1, 1))
     positions = torch.tensor([[0, 1, 2, 3, 100, 1000]])
     periods = torch.tensor([4 * growth**i for i in range(frequencies)], dtype=torch.float64)
-    angles = 2 * math.pi * positions[..., None] / periods
+    angles = 2 * math.pi * positions[..., None].double() / periods
     expected = torch.cat([angles.sin(), angles.cos()], dim=-1)[..., :size]
     torch.testing.assert_close(sinusoids(positions, size, 2.0**20), expected.float(), rtol=0, atol=2e-6)
 
