@@ -25,7 +25,7 @@ from sane_ray.pretraining.state import TrainingState
 EXTRA = {"ledger": {"epoch": 1, "signature": "ab"}, "best": float("inf"), "norms": [0.1, 1e-17]}
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["checkpoint_training"])
+_PROCESSES.set_forkserver_preload(["sane_ray.pretraining.checkpoints", "torch.distributed.fsdp"])
 
 
 def make_state(seed=0, width=7):
