@@ -5,6 +5,7 @@ Never runs in a training worker, so no worker waits for MLflow or writes to it.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from ray.train import UserCallback
@@ -20,13 +21,19 @@ class TrackingCallback(UserCallback):
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
+        self._kept: dict[str, list[dict[str, float]]] = {"history": [], "evaluations": []}
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Called by Ray Train's controller when every worker has reported.
 
         Args:
             run_context: of the training run; not used.
-            metrics: one report a worker, by rank. Rank 0's may hold ``"history"``: points as `Tracker.log` takes them.
+            metrics: one report a worker, by rank. Rank 0's may hold ``"history"``: points as `Tracker.log` takes them,
+                and ``"evaluations"``: further points of steps that were logged before.
             checkpoint: of this report, or None; not used.
         """
-        self._tracker.log(metrics[0].get("history", ()), new_steps_only=True)
+        for name, kept in self._kept.items():
+            kept += metrics[0].get(name, ())
+            with contextlib.suppress(OSError):  # the spool's disk is away: kept here until it is back
+                self._tracker.log(kept, new_steps_only=name == "history")
+                kept.clear()

@@ -25,14 +25,27 @@ from sane_ray.autoencoder.model import SANE, check_replaceable
 from sane_ray.cluster import Resources, local_path, preflight
 from sane_ray.config import AutoencoderConfig, PretrainJob, to_dict
 from sane_ray.errors import InputError
+from sane_ray.pretraining.behavior import check_behavior
 from sane_ray.pretraining.history import last_point
+from sane_ray.pretraining.scaling import MemoryNeed
 from sane_ray.pretraining.stream import plan_of_store, windows_of_split
-from sane_ray.pretraining.worker import MODEL_FOLDER, WorkerConfig, train
+from sane_ray.pretraining.worker import BEST_FOLDER, MODEL_FOLDER, WorkerConfig, train
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tracking import Tracker, default_uri, flatten
 
 EXPERIMENT = "sane_ray pretraining"
 """Name of the MLflow experiment."""
+
+FREE = (
+    *("log_every", "validate_every", "validation_windows", "checkpoint_every", "checkpoints_kept"),
+    *("evaluate_every", "evaluate_networks"),
+    *("micro_batch", "compile", "activation_checkpointing", "sharding", "reshard"),
+)
+"""Fields of the config's section `pretraining` that a run may be resumed with other values of: they do not change the
+model, but for the order in which numbers are added up."""
+
+MOST_WAITING_S = 600.0
+"""How long a run waits for workers that the cluster has no room for, as after the loss of a node, before it ends."""
 
 IDENTITY_FILE = "run.json"
 HISTORY_FILE = "history.jsonl"
@@ -60,7 +73,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Everything of this run."""
-        return self.storage / "runs" / self.name
+        return self.worker.folder
 
     @property
     def total_steps(self) -> int:
@@ -103,6 +116,8 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
         )
     autoencoder = resolve_autoencoder(job.autoencoder, store)
     _check_symmetry(job, store)
+    if job.loss.behavior:
+        check_behavior(store, job.loss, autoencoder.window)
     plan, _ = plan_of_store(
         store,
         "train",
@@ -122,12 +137,12 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
         identity=identity,
         settings=settings,
         worker=WorkerConfig(
+            folder=storage / "runs" / name,
             store=store.path,
             autoencoder=autoencoder,
             loss=job.loss,
             augmentation=job.augmentation,
             pretraining=job.pretraining,
-            data_cpus=job.cluster.data_cpus,
             threads=1,
         ),
         output=output,
@@ -137,10 +152,8 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
 
 
 def _settings(job: PretrainJob, autoencoder: AutoencoderConfig, store: TokenStore) -> dict[str, Any]:
-    """All that changes the trained model; not how often a run looks at itself, nor where it runs."""
-    pretraining = to_dict(job.pretraining)
-    for name in ("log_every", "validate_every", "validation_windows", "checkpoint_every", "checkpoints_kept"):
-        del pretraining[name]
+    """All that changes the trained model; not how often a run looks at itself, nor where and how it is computed."""
+    pretraining = {name: value for name, value in to_dict(job.pretraining).items() if name not in FREE}
     return {
         "store": {"fingerprint": store.fingerprint},
         "autoencoder": to_dict(autoencoder),
@@ -204,7 +217,10 @@ def pretrain(run: Run, job: PretrainJob) -> Path:
         InputError: the run's name belongs to another config, the cluster is too small, or the loss diverged.
         TrainingFailedError: workers failed more often than ``cluster.max_failures``.
     """
-    resources = preflight(job.cluster)
+    worker = run.worker
+    resources = preflight(
+        job.cluster, MemoryNeed(worker.autoencoder, worker.pretraining, worker.loss), storage=run.storage
+    )
     claim(run)
     if is_complete(run):
         return run.output
@@ -245,39 +261,58 @@ def last_step(run: Run) -> int:
 
 
 def _fit(run: Run, job: PretrainJob, resources: Resources, tracker: Tracker) -> None:
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from sane_ray.pretraining.faults import StopOnBug, StopWaiting, reason_of, told
     from sane_ray.pretraining.history import HistoryCallback
     from sane_ray.tracking_callback import TrackingCallback
 
     trainer = TorchTrainer(
-        train,
+        told(train),
         train_loop_config={"worker": dataclasses.replace(run.worker, threads=resources.threads)},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=resources.num_workers,
+            num_workers=_num_workers(resources),
             use_gpu=resources.gpu,
-            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.gpu else {}),
+            resources_per_worker=resources.bundle,
+            elastic_resize_monitor_interval_s=job.cluster.resize_seconds,
         ),
         run_config=RunConfig(
             name=run.folder.name,
             storage_path=str(run.folder.parent),
             failure_config=FailureConfig(max_failures=job.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.pretraining.checkpoints_kept),
-            callbacks=[HistoryCallback(run.history), TrackingCallback(tracker)],
+            callbacks=[
+                HistoryCallback(run.history),
+                TrackingCallback(tracker),
+                StopOnBug(),
+                StopWaiting(MOST_WAITING_S, _wanted(resources)),
+            ],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     with _progress_bar(run), _interruptible():
-        result = trainer.fit()
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            reason = reason_of(error)
+            raise reason from (error if reason is not error else None)
     outcome = result.return_value or {}
     if "error" in outcome:
         raise InputError(outcome["error"])
-    if result.checkpoint is None:
-        raise RuntimeError(f"training ended without a checkpoint in {run.folder}")
-    with result.checkpoint.as_directory() as checkpoint:
-        SANE.from_pretrained(Path(checkpoint) / MODEL_FOLDER).save_pretrained(run.output)
+    trained = run.folder / MODEL_FOLDER
+    if run.output != trained:
+        SANE.from_pretrained(trained).save_pretrained(run.output)
+
+
+def _num_workers(resources: Resources) -> int | tuple[int, int]:
+    least, most = resources.min_workers, resources.max_workers
+    return most if least == most else (least, most)
+
+
+def _wanted(resources: Resources) -> str:
+    each = " and ".join(f"{count:g} {kind}s" for kind, count in resources.bundle.items())
+    return f"{resources.min_workers} workers of {each} each"
 
 
 @contextmanager
@@ -321,6 +356,8 @@ def report_run(run: Run, tracker: Tracker) -> None:
     draw(run.history, run.worker.store, run.output, plots)
     tracker.log_folder(plots)
     tracker.log_folder(run.output, MODEL_FOLDER)
+    if (run.folder / BEST_FOLDER).exists():
+        tracker.log_folder(run.folder / BEST_FOLDER, BEST_FOLDER)
 
 
 @contextmanager

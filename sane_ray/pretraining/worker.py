@@ -1,235 +1,407 @@
 """What every training worker runs: build, resume, loop over the stream, validate, report, save, export.
 
-The same code on one worker or many, CPU or GPU. Never talks to MLflow and never decides an order.
+The same code on one worker or many, CPU or GPU. Every rank takes the same decisions at the same steps. Never talks to
+MLflow and never decides an order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from sane_ray.autoencoder.model import SANE
 from sane_ray.cluster import quieten
 from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig
 from sane_ray.errors import InputError
+from sane_ray.hardware import measured_peak, peak_flops
 from sane_ray.pretraining.batch import Batch
+from sane_ray.pretraining.behavior import Behavior
+from sane_ray.pretraining.checkpoints import Checkpoints
+from sane_ray.pretraining.evaluation import Evaluations
+from sane_ray.pretraining.export import Export, export
+from sane_ray.pretraining.guard import MOST_UNUSABLE, Spike, SpikeGuard
 from sane_ray.pretraining.progress import Point, Progress
-from sane_ray.pretraining.state import TrainingState, whole_model
 from sane_ray.pretraining.step import Trainer
 from sane_ray.pretraining.stream import WindowReader, fixed_batches, plan_of_store, stream, windows_of_split
 from sane_ray.tokens.store import TokenStore
 
 MODEL_FOLDER = "model"
-"""Where the last checkpoint holds the finished model, inside its folder."""
+"""The model as it is at the end, inside the run's folder."""
+
+BEST_FOLDER = "model_best"
+"""The model as it was when its validation loss was lowest."""
+
+CHECKPOINT_FOLDER = "checkpoints"
+EVALUATION_FOLDER = "evaluations"
 
 VALIDATION_SEED = 0
 """Seed of the fixed validation windows and of their permutations."""
+
+REPORT_SECONDS = 2.0
+"""Least time between reports that nothing hurries: Ray Train looks for them about so often, and a second one waits."""
+
+LAST_EVALUATION_SECONDS = 120.0
+"""How long the end of a run waits for an evaluation that is still under way."""
+
+MOST_ROLLBACKS = 10
+"""Spikes that a run goes back for; further ones are recorded."""
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
     """Everything a worker needs, decided by the launcher; travels to the workers as it is."""
 
+    folder: Path
+    """Of the run, on storage that all nodes share."""
     store: Path
     autoencoder: AutoencoderConfig
     loss: LossConfig
     augmentation: AugmentationConfig
     pretraining: PretrainingConfig
-    data_cpus: float
     threads: int
+
+
+class NotFinite(InputError):
+    """The loss, on training or validation windows, or the gradient became and stayed NaN or infinite."""
 
 
 def train(settings: dict[str, WorkerConfig]) -> dict[str, Any]:
     """A Ray Train worker's loop, with its config under ``"worker"``; returns what rank 0 has to say at the end.
 
-    A loss that is not finite ends every worker alike and is returned as ``{"error": sentence}``: restarting from the
-    last checkpoint, as after a fault, would only meet it again.
+    A loss that is not finite ends every worker alike and is returned as ``{"error": sentence}``: there is nothing in it
+    that a restart could mend.
     """
-    import ray.train
-    import ray.train.torch
-
     config = settings["worker"]
     quieten()
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.threads)
-    device = ray.train.torch.get_device()
-    store = TokenStore.open(config.store)
-    reader = _reader(
-        config,
-        store,
-        "train",
-        batch_size=config.pretraining.batch_size,
-        seed=config.pretraining.seed,
-        rank=rank,
-        world_size=world_size,
-    )
-    validation = _validation(config, store, rank, world_size)
-    steps = config.pretraining.epochs * reader.plan.steps_per_epoch
-    trainer = Trainer(
-        config.autoencoder,
-        config.loss,
-        config.augmentation,
-        config.pretraining,
-        steps=steps,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-    )
-    _resume(trainer.state)
-    loop = _Loop(config, trainer, reader, validation)
     try:
-        loop.run()
+        with contextlib.closing(_Loop(config)) as loop:
+            return loop.run()
     except NotFinite as error:
         return {"error": str(error)}
-    return {"steps": steps, "parameters": trainer.parameters}
-
-
-class NotFinite(InputError):
-    """The loss, on training or validation windows, or the gradient became NaN or infinite."""
 
 
 class _Loop:
     """The epochs of one worker."""
 
-    def __init__(self, config: WorkerConfig, trainer: Trainer, reader: WindowReader, validation: list[Batch]) -> None:
-        self.config = config.pretraining
-        self.data_cpus = config.data_cpus
-        self.preprocessing = preprocessing_of(TokenStore.open(config.store))
-        self.trainer = trainer
-        self.reader = reader
-        self.validation = validation
-        self.steps_per_epoch = reader.plan.steps_per_epoch
-        self.total = self.config.epochs * self.steps_per_epoch
-
-    def run(self) -> None:
-        """From the state's step to the last, reporting, validating and saving on the way."""
+    def __init__(self, config: WorkerConfig) -> None:
         import ray.train
+        import ray.train.torch
 
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.folder, self.config = config.folder, config.pretraining
+        device = ray.train.torch.get_device()
+        store = TokenStore.open(config.store)
+        self.preprocessing = preprocessing_of(store)
+        self.best_model = Export(self.folder / BEST_FOLDER, self.preprocessing)
+        self.reader = self._reader(config, store, "train", config.pretraining.batch_size, config.pretraining.seed)
+        self.steps_per_epoch = self.reader.plan.steps_per_epoch
+        self.total = self.config.epochs * self.steps_per_epoch
+        self.validation = self._validation(config, store)
+        window = config.autoencoder.window
+        self.trainer = Trainer(
+            config.autoencoder,
+            config.loss,
+            config.augmentation,
+            config.pretraining,
+            steps=self.total,
+            device=device,
+            rank=self.rank,
+            world_size=self.world_size,
+            local_world_size=context.get_local_world_size(),
+            behavior=Behavior(store, config.loss, window=window, device=device, seed=config.pretraining.seed)
+            if config.loss.behavior
+            else None,
+        )
+        self.progress = Progress(
+            self.trainer,
+            steps_per_epoch=self.steps_per_epoch,
+            tokens_per_step=self.trainer.views * window * self.reader.plan.windows_per_epoch / self.steps_per_epoch,
+            peak_flops=measured_peak(config.threads, self.trainer.precision)
+            if device.type == "cpu"
+            else peak_flops(device, self.trainer.precision),
+        )
+        self.checkpoints = Checkpoints(
+            self.folder / CHECKPOINT_FOLDER,
+            keep=self.config.checkpoints_kept,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        self.guard = SpikeGuard(self.config.spike_factor)
+        self.best: Point = {}
+        self.rollbacks = 0
+        self.preempted = False
+        self.evaluations = (
+            Evaluations(config.store, networks=self.config.evaluate_networks, seed=self.config.seed)
+            if self.config.evaluate_every and self.rank == 0
+            else None
+        )
+        self.points: list[Point] = []
+        """Of steps that are not reported yet."""
+        self.reported: deque[list[Point]] = deque(maxlen=3)
+        """The last reports: a controller that dies may not have written them, so checkpoints carry them."""
+        self.reported_at = time.monotonic()
+        self.batches: Generator[Batch, None, None] | None = None
+
+    def close(self) -> None:
+        """Ends the data stream and what is being written."""
+        if self.batches is not None:
+            self.batches.close()
+        self.checkpoints.close()
+
+    def run(self) -> dict[str, Any]:
+        """From the last checkpoint to the last step; what the driver wants to know at the end."""
+        self._resume()
         state = self.trainer.state
-        batches = stream(self.reader, epochs=self.config.epochs, first_step=state.step, data_cpus=self.data_cpus)
-        window, batch_size = self.reader.plan.window, self.reader.plan.batch_size
-        progress = Progress(self.trainer, steps_per_epoch=self.steps_per_epoch, tokens_per_step=2 * batch_size * window)
-        with contextlib.closing(batches):
-            while state.step < self.total:
-                with progress.waiting():
-                    batch = next(batches).to(self.trainer.device)
-                progress.add(self.trainer.step(batch))
-                if self._epoch_due(self.config.checkpoint_every):
-                    self._save(self._points(progress))
-                    progress.restart()
-                elif self._due(self.config.log_every) or self._epoch_due(self.config.validate_every):
-                    ray.train.report({"history": self._points(progress)})
-                    progress.restart()
+        while state.step < self.total:
+            if state.step in state.skipped:
+                self.trainer.skip()
+            else:
+                self._step()
+            self._after_step()
+        self._finish()
+        return {"steps": self.total, "parameters": self.trainer.parameters}
 
-    def _due(self, every: int) -> bool:
-        return self.trainer.state.step % every == 0
+    def _step(self) -> None:
+        if self.batches is None:
+            state = self.trainer.state
+            self.batches = stream(
+                self.reader,
+                epochs=self.config.epochs,
+                first_step=state.step,
+                skip=frozenset(state.skipped),
+                device=self.trainer.device,
+            )
+        with self.progress.waiting():
+            batch = next(self.batches)
+        self.progress.add(self.trainer.step(batch))
 
-    def _epoch_due(self, every: int) -> bool:
-        """At the last step of every ``every``-th epoch, and of the very last."""
+    def _after_step(self) -> None:
+        """Looks, reports and saves when it is time for it."""
         step = self.trainer.state.step
-        return step == self.total or step % (every * self.steps_per_epoch) == 0
+        ended = step == self.total
+        validating, saving = self._due(self.config.validate_every), self._due(self.config.checkpoint_every)
+        evaluating = bool(self.config.evaluate_every) and self._due(self.config.evaluate_every)
+        if not (step % self.config.log_every == 0 or validating or saving or evaluating):
+            return
+        points = self.progress.points()
+        spikes = self._judge(points)
+        if spikes and self._roll_back(spikes):
+            return
+        self.points += points
+        if validating:
+            self._validate()
+        if evaluating:
+            self._evaluate()
+        if saving or self._agreed(time.monotonic() - self.reported_at > REPORT_SECONDS):
+            self._report()
+            if ended or self._is_preempted():
+                self.checkpoints.save(self._state())
+            elif saving:
+                self.checkpoints.begin(self._state())
+        self.progress.restart()
 
-    def _points(self, progress: Progress) -> list[Point]:
-        """The steps since the last report, the last with the validation if one is due.
+    def _due(self, every: float) -> bool:
+        """Every so many epochs, and at the very end."""
+        step = self.trainer.state.step
+        return step == self.total or step % max(1, round(every * self.steps_per_epoch)) == 0
+
+    def _judge(self, points: list[Point]) -> list[Spike]:
+        """What was unusual in the last steps.
 
         Raises:
-            NotFinite: a loss or a gradient is not; nothing after it is saved.
+            NotFinite: no step has had a usable gradient for long.
         """
-        points = progress.points()
-        if self._epoch_due(self.config.validate_every) and self.validation:
-            points[-1] |= self.trainer.validate(self.validation)
-        for point in points:
-            self._check_finite(point)
-        return points
+        spikes = self.guard.look(points)
+        if self.guard.unusable >= MOST_UNUSABLE:
+            self._raise_not_finite("train/gradient_norm", points[-1])
+        for spike in spikes if self.rank == 0 else ():
+            _LOG.warning(
+                "step %d: the gradient's norm is %.3g, %.0f times the usual %.3g",
+                spike.step,
+                spike.norm,
+                spike.norm / spike.usual,
+                spike.usual,
+            )
+        if points:
+            points[-1] |= {"spikes": float(len(spikes)), "skipped_steps": float(len(self.trainer.state.skipped))}
+        return spikes
 
-    def _check_finite(self, point: Point) -> None:
-        for name in ("train/loss", "train/gradient_norm", "val/loss"):
-            if not math.isfinite(point.get(name, 0.0)):
-                raise NotFinite(
-                    f"{name} is {point[name]} at step {point['step']:g}: lower pretraining.learning_rate "
-                    f"({self.config.learning_rate:g}), or set pretraining.gradient_clip "
-                    f"({self.config.gradient_clip:g}) to 1 or less"
-                )
+    def _roll_back(self, spikes: list[Spike]) -> bool:
+        """Goes back to the last checkpoint, to leave out the batches of these steps; False if it does not.
 
-    def _save(self, points: list[Point]) -> None:
-        """Reports a checkpoint of the state, at the end with the finished model in it."""
+        No loop: each time a batch more is left out, and after ``MOST_ROLLBACKS`` spikes are only recorded.
+        """
+        state = self.trainer.state
+        if self.config.on_spike != "rollback" or self.rollbacks >= MOST_ROLLBACKS:
+            return False
+        self.checkpoints.finish()
+        known, rollbacks = state.skipped, self.rollbacks + 1
+        if self._load() is None:
+            return False
+        state.skipped = sorted({*state.skipped, *known, *(spike.step - 1 for spike in spikes)})
+        self.rollbacks = rollbacks
+        self._end_stream()
+        if self.rank == 0:
+            _LOG.warning("going back to step %d; the batches of these steps are left out from now on", state.step)
+        self.progress.restart()
+        return True
+
+    def _end_stream(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
+        self.batches = None
+
+    def _validate(self) -> None:
+        """Adds the validation to the last point, and keeps the model if it is the best so far."""
+        if not self.validation:
+            return
+        measured = self.trainer.validate(self.validation)
+        self._last_point().update(measured)
+        if not math.isfinite(measured["val/loss"]):
+            self._raise_not_finite("val/loss", self._last_point())
+        if measured["val/loss"] < self.best.get("val/loss", math.inf):
+            self.best = {"step": self.trainer.state.step, "val/loss": measured["val/loss"]}
+            self.best_model.begin(self.trainer.model)
+
+    def _last_point(self) -> Point:
+        """The point of the step just made; a step that was left out has had none."""
+        step = self.trainer.state.step
+        if not self.points or self.points[-1]["step"] != step:
+            self.points.append({"step": step, "epoch": step / self.steps_per_epoch, "time": time.time()})
+        return self.points[-1]
+
+    def _evaluate(self) -> None:
+        """Hands the model as it is to an evaluation beside training."""
+        step = self.trainer.state.step
+        folder = self._export(f"{EVALUATION_FOLDER}/step_{step:09d}")
+        if self.evaluations is not None:
+            self.evaluations.submit(step, step / self.steps_per_epoch, folder)
+
+    def _export(self, name: str) -> Path:
+        """Writes the model as it is into a folder of the run, which is there when this returns."""
+        folder = self.folder / name
+        export(self.trainer.model, folder, self.preprocessing)
+        return folder
+
+    def _is_preempted(self) -> bool:
+        """Whether a node of this run is about to be taken away, the first time that this is known."""
         import ray.train
 
-        state = self.trainer.state
-        with _temporary_folder() as folder:
-            state.save(folder)
-            if state.step == self.total:
-                self._export(folder / MODEL_FOLDER)
-            metrics = {"step": state.step, "history": points}
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        if self.preempted or ray.train.get_preemption_info() is None:
+            return False
+        self.preempted = True
+        return True
 
-    def _export(self, folder: Path) -> None:
-        """Rank 0 writes the finished model, with the preprocessing it was trained with, into the checkpoint."""
-        weights = whole_model(self.trainer.model)
-        if self.trainer.rank == 0:
-            with torch.device("meta"):
-                model = SANE(self.trainer.model.config)
-            model.load_state_dict(weights, assign=True)
-            model.save_pretrained(folder, preprocessing=self.preprocessing)
+    def _agreed(self, wish: bool) -> bool:
+        """What rank 0 wants, on all ranks."""
+        if self.world_size == 1:
+            return wish
+        flag = torch.tensor(int(wish))
+        dist.broadcast(flag, src=0)
+        return bool(flag)
+
+    def _report(self) -> None:
+        """Sends what was not reported yet to the controller."""
+        import ray.train
+
+        evaluations = self.evaluations.collect() if self.evaluations is not None else []
+        ray.train.report({"history": self.points, "evaluations": evaluations})
+        self.reported.append(self.points)
+        self.points = []
+        self.reported_at = time.monotonic()
+
+    def _state(self) -> Any:
+        """The state to save, with all that a resumed run must know."""
+        state = self.trainer.state
+        state.extra = {
+            "ledger": self.reader.plan.ledger(state.step),
+            "precision": str(self.trainer.precision),
+            "guard": self.guard.state(),
+            "best": self.best,
+            "rollbacks": self.rollbacks,
+            "history": [point for report in self.reported for point in report],
+        }
+        return state
+
+    def _resume(self) -> None:
+        """Goes on from the newest checkpoint, and reports again what the controller may have missed."""
+        if self._load() is None:
+            return
+        self.points = self.trainer.state.extra["history"]
+        self._report()
+
+    def _load(self) -> int | None:
+        """The step of the newest usable checkpoint, with the state and all that travels in it restored."""
+        step = self.checkpoints.load_latest(self.trainer.state)
+        if step is None:
+            return None
+        extra = self.trainer.state.extra
+        ours, theirs = self.reader.plan.ledger(step), extra["ledger"]
+        if ours != theirs:
+            raise InputError(
+                f"the checkpoints in {self.folder} were trained in another order of windows ({theirs}) than this run's "
+                f"({ours}): delete {self.folder}, or choose another --run_name"
+            )
+        if extra["precision"] != str(self.trainer.precision) and self.rank == 0:
+            _LOG.warning("the run began in %s and goes on in %s", extra["precision"], self.trainer.precision)
+        self.guard.restore(extra["guard"])
+        self.best, self.rollbacks = extra["best"], extra["rollbacks"]
+        self.points = []
+        return step
+
+    def _finish(self) -> None:
+        """Writes the finished model, and waits a while for an evaluation that is still under way."""
+        self._export(MODEL_FOLDER)
+        self.best_model.finish()
+        if self.evaluations is not None:
+            self.evaluations.wait(LAST_EVALUATION_SECONDS)
+        self._report()
+
+    def _raise_not_finite(self, name: str, point: Point) -> None:
+        raise NotFinite(
+            f"{name} is {point[name]} at step {point['step']:g}: lower pretraining.learning_rate "
+            f"({self.config.learning_rate:g}), or set pretraining.gradient_clip ({self.config.gradient_clip:g}) to 1 "
+            "or less"
+        )
+
+    def _reader(self, config: WorkerConfig, store: TokenStore, split: str, batch_size: int, seed: int) -> WindowReader:
+        plan, groups = plan_of_store(
+            store,
+            split,
+            window=config.autoencoder.window,
+            batch_size=batch_size,
+            pool_mb=config.pretraining.shuffle_mb,
+            seed=seed,
+        )
+        return WindowReader(store.path, plan, groups, config.augmentation, self.rank, self.world_size)
+
+    def _validation(self, config: WorkerConfig, store: TokenStore) -> list[Batch]:
+        """This worker's part of the fixed validation batches; none without a val split.
+
+        Their seed is fixed too, so that runs of any training seed are compared on the same windows.
+        """
+        windows = min(config.pretraining.validation_windows, windows_of_split(store, "val", config.autoencoder.window))
+        if windows == 0:
+            return []
+        batch_size = min(config.pretraining.batch_size, windows)
+        reader = self._reader(config, store, "val", batch_size, VALIDATION_SEED)
+        return fixed_batches(reader, windows // batch_size)
 
 
 def preprocessing_of(store: TokenStore) -> dict[str, Any]:
     """How the store's weights became tokens: what a trained model carries along and enforces."""
     architectures = {name: architecture.to_dict() for name, architecture in store.architectures.items()}
     return {"token_size": store.token_size, "architectures": architectures}
-
-
-def _reader(
-    config: WorkerConfig, store: TokenStore, split: str, *, batch_size: int, seed: int, rank: int, world_size: int
-) -> WindowReader:
-    plan, groups = plan_of_store(
-        store,
-        split,
-        window=config.autoencoder.window,
-        batch_size=batch_size,
-        pool_mb=config.pretraining.shuffle_mb,
-        seed=seed,
-    )
-    return WindowReader(store.path, plan, groups, config.augmentation, rank, world_size)
-
-
-def _validation(config: WorkerConfig, store: TokenStore, rank: int, world_size: int) -> list[Batch]:
-    """This worker's part of the fixed validation batches; none without a val split.
-
-    Their seed is fixed too, so that runs of any training seed are compared on the same windows.
-    """
-    windows = min(config.pretraining.validation_windows, windows_of_split(store, "val", config.autoencoder.window))
-    batch_size = min(config.pretraining.batch_size, windows - windows % world_size)
-    if batch_size == 0:
-        return []
-    reader = _reader(
-        config, store, "val", batch_size=batch_size, seed=VALIDATION_SEED, rank=rank, world_size=world_size
-    )
-    return fixed_batches(reader, windows // batch_size)
-
-
-def _resume(state: TrainingState) -> None:
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            state.load(Path(folder))
-
-
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="sane_ray_checkpoint_"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

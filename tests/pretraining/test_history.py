@@ -24,6 +24,37 @@ def test_a_line_left_unfinished_is_left_out(tmp_path):
     assert last_point(path) == {"step": 2, "train/loss": 1.0}
 
 
+def test_a_new_line_begins_after_an_unfinished_one(tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "tra')
+    report(HistoryCallback(path), 2, 3)
+    assert [point["step"] for point in read_history(path)] == [1, 2, 3]
+
+
+def test_points_wait_while_the_folder_is_away(tmp_path, caplog):
+    path = tmp_path / "run" / "history.jsonl"
+    callback = HistoryCallback(path)
+    for step in (1, 2, 3):
+        report(callback, step)
+    assert len(caplog.records) == 1
+    assert "history.jsonl cannot be written" in caplog.text
+    path.parent.mkdir()
+    report(callback, 4)
+    report(callback, 5)
+    assert [point["step"] for point in read_history(path)] == [1, 2, 3, 4, 5]
+
+
+def test_an_evaluation_that_comes_later_is_added_to_its_step(tmp_path):
+    path = tmp_path / "history.jsonl"
+    callback = HistoryCallback(path)
+    report(callback, 1, 2)
+    late = {"history": [{"step": 3, "train/loss": 0.5}], "evaluations": [{"step": 1, "eval/accuracy": 0.25}]}
+    callback.after_report(None, [late], None)
+    callback.after_report(None, [{"evaluations": [{"step": 2, "eval/accuracy": 0.5}]}], None)
+    assert read_history(path)[0] == {"step": 1, "train/loss": 1.0, "eval/accuracy": 0.25}
+    assert last_point(path) == {"step": 3, "train/loss": 0.5}
+
+
 def test_the_last_point_of_a_long_history_and_of_none(tmp_path):
     path = tmp_path / "history.jsonl"
     assert last_point(path) is None
