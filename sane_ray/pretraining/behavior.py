@@ -45,7 +45,7 @@ class Behavior:
     def __init__(
         self, store: TokenStore, loss: LossConfig, *, window: int, device: torch.device, seed: int = 0
     ) -> None:
-        """Makes ready all networks of the training and validation split; reads no tokens.
+        """Makes ready one network of each group; reads no tokens.
 
         Args:
             store: what is trained on.
@@ -59,7 +59,7 @@ class Behavior:
         """
         self.loss, self.device, self.seed = loss, device, seed
         groups = _checked_groups(store, loss, window)
-        self._group_of = np.full(len(store.models), -1)
+        self._group_of = np.zeros(len(store.models), dtype=np.int64)
         for number, group in enumerate(groups):
             self._group_of[list(group.checkpoints)] = number
         self._groups = [_Networks(group, loss, device) for group in groups]
@@ -193,15 +193,14 @@ DISTANCES: dict[Literal["l2", "cross_entropy", "kl"], Callable[[Tensor, Tensor],
 
 
 def _checked_groups(store: TokenStore, loss: LossConfig, window: int) -> list[Group]:
-    """The groups of the training and validation split, each of them fit to be asked."""
+    """The groups of a store's networks, each of them fit to be asked."""
     _check_window(store, loss, window)
     if store.index["normalization"] == "l2" and "model_scale" not in store.models.column_names:
         raise InputError(
             f"config field loss.behavior is {loss.behavior:g}, but {store.path} has l2 normalisation without its "
             "networks' norms (column model_scale): prepare it again, or set --loss.behavior 0"
         )
-    splits = store.models["split"].to_pylist()
-    groups = groups_of(store, (ordinal for ordinal, split in enumerate(splits) if split != "test"))
+    groups = groups_of(store, range(len(store.models)))
     for group in groups:
         try:
             group.network()

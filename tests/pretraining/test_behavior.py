@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from sane_ray.autoencoder.model import SANE
-from sane_ray.config import AutoencoderConfig, LossConfig, TokensConfig
+from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig, TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.pretraining.batch import FILLER, Batch
 from sane_ray.pretraining.behavior import Behavior, check_behavior, cross_entropy, divergence, squared_difference
 from sane_ray.pretraining.networks import answers, groups_of
+from sane_ray.pretraining.step import METRICS, Trainer
 from sane_ray.tokens.store.writing import write_store
 from sane_ray.tokens.symmetry import permute, random_permutations
 from sane_ray.tokens.tokenizer import detokenize, tokenize
@@ -237,7 +238,7 @@ def train_on(store, batch, behavior_weight, steps=60):
     sizes = {"token_size": store.token_size, "max_positions": list(architecture.table.position_sizes)}
     model = SANE(AutoencoderConfig(window=N, d_model=32, heads=2, layers=1, latent_dim=16, **sizes), seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    behavior = make_behavior(store, query_count=32)
+    behavior = make_behavior(store, query_count=32, behavior_distance="kl")
     target = views_of(batch)
     mask = torch.arange(store.token_size) < batch.signal.repeat(2, 1)[..., None]
     for step in range(steps):
@@ -326,3 +327,28 @@ def test_l2_without_norms_is_refused(zoo, tmp_path):
     check_behavior(store, LossConfig(behavior=0.5), window=N)
     bare = dataclasses.replace(store, models=store.models.drop_columns(["model_scale"]))
     assert "model_scale" in refused(bare) and "--loss.behavior 0" in refused(bare)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_the_trainer_takes_it_as_it_is(store, micro_batch):
+    (architecture,) = store.architectures.values()
+    sizes = {"token_size": store.token_size, "max_positions": list(architecture.table.position_sizes)}
+    trainer = Trainer(
+        AutoencoderConfig(window=N, d_model=16, heads=2, layers=1, latent_dim=8, **sizes),
+        LossConfig(behavior=0.5),
+        AugmentationConfig(noise=0.0),
+        PretrainingConfig(precision="float32", micro_batch=micro_batch),
+        steps=10,
+        device=CPU,
+        behavior=make_behavior(store),
+    )
+    checkpoints = train_checkpoints(store)[:5]
+    batch, padded = make_batch(store, checkpoints), make_batch(store, [*checkpoints, FILLER])
+    with torch.no_grad():
+        reconstructed = trainer.model.eval()(views_of(batch), batch.positions.repeat(2, 1, 1))[1]
+    expected = float(make_behavior(store)(reconstructed, batch, step=0).mean())
+    assert float(trainer.step(padded)[METRICS.index("loss_behavior")]) == pytest.approx(expected, rel=1e-4)
+    first = trainer.validate([batch])["val/loss_behavior"]
+    for _ in range(8):
+        trainer.step(padded)
+    assert trainer.validate([batch])["val/loss_behavior"] < first
