@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-6  # of sums of fractions of CPUs
-_LOOK_SECONDS = 4.0  # for the head's answer, and for all nodes' on storage; with it preflight ends within ten
-_LOOKS, _LOOK_PAUSE = 11, 0.2
+_HEAD_SECONDS, _STORAGE_SECONDS = 5.0, 4.0  # for the head's answer, and for all nodes'; together less than ten
+_LOOKS, _LOOK_PAUSE = 11, 0.2  # of a node for a file; less than it has time for
 _MANY = 1_000_000  # nodes, where an autoscaler knows no limit
 _HEAD_RESOURCE = "node:__internal_head__"
 _KUBERNETES_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -329,26 +329,41 @@ def autoscaling_limits(alive: Sequence[Mapping[str, Any]]) -> Limits | None:
     """How far the connected cluster may grow; None if it has no autoscaler, or none whose config can be read.
 
     Ray has no public call for it. Hosted clusters tell the control store; `ray up` leaves the config in a file on the
-    head, and KubeRay in the Kubernetes API, which only the head may ask: so a task looks there.
+    head, and KubeRay in the Kubernetes API, which only the head may ask.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     told = _limits_in_control_store()
     if told is not None:
         return told
     head = next((node["NodeID"] for node in alive if _is_head(node)), None)
-    if head is None:
-        return None
-    look = ray.remote(num_cpus=0, max_retries=0)(read_autoscaling_config)
-    strategy = NodeAffinitySchedulingStrategy(head, soft=False)
-    found = look.options(scheduling_strategy=strategy).remote(ray.get_runtime_context().gcs_address)
+    context = ray.get_runtime_context()
     try:
-        return limits_of_config(ray.get(found, timeout=_LOOK_SECONDS))
-    except ray.exceptions.RayError as error:
-        ray.cancel(found, force=True)
+        if head == context.get_node_id():
+            return limits_of_config(read_autoscaling_config(context.gcs_address))
+        return limits_of_config(ask_head(head, context.gcs_address)) if head else None
+    except (OSError, ValueError, LookupError, ray.exceptions.RayError) as error:
         _LOG.warning("the autoscaler's limits could not be read (%s): only nodes that run are counted", error)
         return None
+
+
+def ask_head(head: str, gcs_address: str) -> dict[str, Any] | None:
+    """``read_autoscaling_config`` in a task on the node ``head``.
+
+    Raises:
+        RayError: it cannot, or does not in time.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(num_cpus=0, max_retries=0)(read_autoscaling_config)
+    found = look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(head, soft=False)).remote(gcs_address)
+    try:
+        config: dict[str, Any] | None = ray.get(found, timeout=_HEAD_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(found, force=True)
+        raise
+    return config
 
 
 def read_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
@@ -359,16 +374,26 @@ def read_autoscaling_config(gcs_address: str) -> dict[str, Any] | None:
         if path and named.get("--gcs-address") == gcs_address:
             import yaml
 
-            return yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    name, namespace = os.environ.get("RAY_CLUSTER_NAME"), os.environ.get("RAY_CLUSTER_NAMESPACE")
+            config: dict[str, Any] = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            return config
+    name = os.environ.get("RAY_CLUSTER_NAME")
     if name and "KUBERNETES_SERVICE_HOST" in os.environ:
-        namespace = namespace or _KUBERNETES_NAMESPACE.read_text(encoding="utf-8").strip()
-        try:
-            from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
-        except ImportError:  # not a public part of Ray
-            return None
-        return AutoscalingConfigProducer(name, namespace)()
+        return _kuberay_config(name)
     return None
+
+
+def _kuberay_config(cluster_name: str) -> dict[str, Any] | None:
+    """What KubeRay's operator was told of this cluster, asked once, by parts of Ray that are not public."""
+    os.environ.setdefault("KUBERAY_REQUEST_TIMEOUT_S", f"{_HEAD_SECONDS:.0f}")  # Ray would wait a minute
+    try:
+        from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+        from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+    except ImportError:
+        return None
+    namespace = os.environ.get("RAY_CLUSTER_NAMESPACE") or _KUBERNETES_NAMESPACE.read_text(encoding="utf-8").strip()
+    resource = KubernetesHttpApiClient(namespace).get(f"rayclusters/{cluster_name}")
+    config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(resource)
+    return config if resource["spec"].get("enableInTreeAutoscaling") else None
 
 
 def _command_lines() -> Iterator[list[str]]:
@@ -522,19 +547,19 @@ def nodes_without(marker: Path, nodes: Sequence[Mapping[str, Any]]) -> list[str]
         )
         for node in nodes
     }
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK_SECONDS)
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_STORAGE_SECONDS)
     for reference in silent:
         ray.cancel(reference, force=True)
     blind = []
     for reference in answered:
         try:
-            if not ray.get(reference, timeout=_LOOK_SECONDS):
+            if not ray.get(reference, timeout=_STORAGE_SECONDS):
                 blind.append(asked[reference])
         except ray.exceptions.RayError:  # the node has gone, or cannot start a process
             silent.append(reference)
     if silent:
         names = ", ".join(asked[reference] for reference in silent)
-        _LOG.warning("%s did not tell within %g s whether the storage is there", names, _LOOK_SECONDS)
+        _LOG.warning("%s did not tell within %g s whether the storage is there", names, _STORAGE_SECONDS)
     return blind
 
 

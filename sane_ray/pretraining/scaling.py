@@ -8,6 +8,7 @@ S workers that share one set of weights, G workers in all; b windows of a worker
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,11 @@ def model_size(autoencoder: AutoencoderConfig) -> ModelSize:
     Args:
         autoencoder: resolved, with its token size and position tables.
     """
+    return _model_size(replace(autoencoder, max_positions=tuple(autoencoder.max_positions)))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=16)  # preflight tries many configs of one model
+def _model_size(autoencoder: AutoencoderConfig) -> ModelSize:
     with torch.device("meta"):
         model = SANE(autoencoder)
     blocks = model.blocks()
@@ -193,7 +199,7 @@ class MemoryNeed:
         losses = micro * row_tokens * config.token_size * 24
         if self.views == 2:
             losses += 4 * FLOAT32 * (2 * rows) * (2 * rows * placement.workers)
-        block = config.d_model * (4 * (BFLOAT16 if bfloat16 else FLOAT32) + 2 * FLOAT32)
+        block: float = config.d_model * (4 * (BFLOAT16 if bfloat16 else FLOAT32) + 2 * FLOAT32)
         if self.pretraining.activation_checkpointing:
             block += block_bytes_per_token(config, bfloat16=bfloat16, gpu=placement.gpu)
         return batch + max(losses, micro * row_tokens * block)
