@@ -424,8 +424,8 @@ def _token_moments(tokens_nWT: Tensor, signal_counts_nW: Tensor) -> tuple[Tensor
     count_nW = signal_counts_nW.clamp(min=1)
     tokens_nWT = tokens_nWT.float().masked_fill(padding, 0.0)
     mean_nW = tokens_nWT.sum(dim=-1) / count_nW
-    deviation_nWT = (tokens_nWT - mean_nW[..., None]).masked_fill(padding, 0.0)
-    return mean_nW, deviation_nWT.square().sum(dim=-1) / count_nW
+    deviation_nWT = (tokens_nWT - mean_nW[..., None]).masked_fill_(padding, 0.0)
+    return mean_nW, deviation_nWT.square_().sum(dim=-1) / count_nW
 
 
 def _signal_error(reconstructed_bWT: Tensor, target_bWT: Tensor, signal_counts_bW: Tensor) -> Tensor:
