@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     RayTrainError,
@@ -51,6 +51,7 @@ WAITING = (InitializingState, SchedulingState, ReschedulingState, RestartingStat
 """States of Ray Train's controller in which there are no workers."""
 
 _PAUSE_SECONDS = 0.5
+_RAY_DATA_ADDS = "\nFailed to apply UDF"
 
 _CONTROLLER_LOG = "ray.train.v2._internal.execution.controller.controller"
 _CALLBACK_LOG = "ray.train.v2._internal.execution.callback_manager"
@@ -69,7 +70,7 @@ def is_fault(error: BaseException) -> bool:
     cause = _cause(error)
     if isinstance(cause, CheckpointException):
         return all(is_fault(failure) for failure, _ in cause.failures.values())
-    if isinstance(cause, InputError | MemoryError | torch.OutOfMemoryError | RayTaskError):
+    if isinstance(cause, InputError | MemoryError | torch.OutOfMemoryError | RayTaskError | UserCodeException):
         return False
     if isinstance(cause, OSError | DistError | RayError | RayTrainError):
         return True
@@ -98,15 +99,21 @@ def root_bug(worker_exceptions: Mapping[int, BaseException]) -> Exception | None
 
 
 def told(loop: Callable[..., Result]) -> Callable[..., Result]:
-    """A training loop whose bugs reach the driver whole: Ray loses their traceback, and some cannot travel at all."""
+    """A training loop whose bugs reach the driver whole: Ray loses their traceback, and some cannot travel at all.
+
+    Inside it Ray Data raises what its tasks raised, as it was; else nobody could tell a fault from a bug there.
+    """
 
     @functools.wraps(loop)
     def telling(*arguments: Any, **named: Any) -> Result:
+        from ray.data import DataContext
+
+        DataContext.get_current().raise_original_map_exception = True
         try:
             return loop(*arguments, **named)
-        except InputError:
-            raise
         except BaseException as error:
+            if isinstance(_cause(error), InputError):
+                raise InputError(str(_cause(error)).partition(_RAY_DATA_ADDS)[0]) from None
             if is_fault(error):
                 raise
             raise Bug(traceback.format_exc()) from None

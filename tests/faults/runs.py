@@ -29,18 +29,19 @@ SETTINGS = {
     "autoencoder.heads": "4",
     "autoencoder.layers": "3",
     "autoencoder.latent_dim": "16",
-    "pretraining.epochs": "8",
+    "pretraining.epochs": "6",
     "pretraining.batch_size": "8",
     "pretraining.learning_rate": "1e-3",
     "pretraining.log_every": "2",
     "pretraining.validate_every": "2",
-    "pretraining.checkpoint_every": "0.7",
+    "pretraining.checkpoint_every": "0.4",
     "cluster.num_workers": "2",
     "cluster.max_failures": "5",
 }
-"""Of every run: 9 steps an epoch of about a tenth of a second, a checkpoint every 6, so that faults hit mid-epoch."""
+"""Of every run: 84 steps of about a tenth of a second, 14 an epoch, and a checkpoint every 6, so that faults hit
+mid-epoch."""
 
-STEPS = 72
+STEPS = 84
 
 
 def write_small_store(folder: Path) -> Path:

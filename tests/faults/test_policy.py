@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import ray.data
 import ray.train
 import torch
 import torch.distributed
-from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTaskError
+from ray.exceptions import ActorDiedError, NodeDiedError, ObjectLostError, RayTaskError, UserCodeException
 from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -67,6 +68,7 @@ def test_what_a_restart_may_mend_is_a_fault(error):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: device-side assert triggered"),
         in_task(ValueError("odd")),
+        in_task(UserCodeException("UDF failed to process a data block.")),
         CheckpointException("load", {0: (KeyError("model.weight"), None), 1: (CLOSED, None)}),
     ],
     ids=repr,
@@ -96,6 +98,10 @@ class Unsendable(Exception):
         super().__init__(f"{one} and {two}")
 
 
+def refuse(batch):
+    raise InputError("part-00000.parquet is damaged: prepare the store again")
+
+
 def loop(config):
     """Leaves a trace of every start, then fails in a known way in rank 1."""
     rank = ray.train.get_context().get_world_rank()
@@ -104,6 +110,8 @@ def loop(config):
     first = len(list(starts.glob(f"{rank}-*"))) == 1
     if config["fails"] == "alone":
         raise Unsendable("this", "that")
+    if config["fails"] == "data":
+        list(ray.data.range(1).map_batches(refuse, num_cpus=0).iter_batches())
     if rank == 1 and config["fails"] == "bug":
         raise TypeError("a bug of rank 1")
     if rank == 1 and config["fails"] == "death" and first:
@@ -148,6 +156,12 @@ def test_a_bug_of_one_rank_ends_the_run_though_the_other_waits_for_it(fit, tmp_p
 def test_a_bug_that_cannot_travel_is_told_all_the_same(fit, tmp_path):
     with pytest.raises(Bug, match="Unsendable: this and that"):
         fit("alone", workers=1)
+    assert len(list(tmp_path.glob("0-*"))) == 1
+
+
+def test_what_a_data_task_refuses_is_told_as_its_sentence(fit, tmp_path):
+    with pytest.raises(InputError, match=r"^part-00000\.parquet is damaged: prepare the store again$"):
+        fit("data", workers=1)
     assert len(list(tmp_path.glob("0-*"))) == 1
 
 
