@@ -26,6 +26,7 @@ from sane_ray.cluster import (
     nodes_without,
     preflight,
     reachable,
+    read_autoscaling_config,
     required_cpus,
 )
 from sane_ray.config import AutoencoderConfig, ClusterConfig, LossConfig, PretrainingConfig
@@ -198,6 +199,35 @@ def test_a_cluster_without_an_autoscaler_has_no_limits(ray_session):
     assert ask_head(alive[0]["NodeID"], ray_session.get_runtime_context().gcs_address) is None
 
 
+def test_the_config_is_read_from_the_autoscaler_that_serves_this_cluster(tmp_path):
+    config = tmp_path / "autoscaler.yaml"
+    config.write_text(yaml.safe_dump({"available_node_types": {"worker": {"resources": {"CPU": 2}, "max_workers": 3}}}))
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()", "--gcs-address=127.0.0.9:1"]
+    autoscaler = subprocess.Popen([*command, f"--autoscaling-config={config}"], stdin=subprocess.PIPE)
+    try:
+        assert limits_of_config(read_autoscaling_config("127.0.0.9:1")) == Limits({"worker": ({"CPU": 2}, 3)}, 3)
+        assert read_autoscaling_config("127.0.0.9:2") is None
+    finally:
+        autoscaler.communicate()
+
+
+def test_limits_that_a_host_tells_rays_control_store_are_found(ray_session):
+    from ray._private.worker import global_worker
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig as Told
+
+    told = Told()
+    told.node_group_configs.add(name="some", resources={"CPU": 8}, max_count=2)
+    told.node_group_configs.add(name="any", resources={"CPU": 4, "GPU": 1}, max_count=-1)
+    global_worker.gcs_client.report_cluster_config(told.SerializeToString())
+    try:
+        limits = autoscaling_limits(ray_session.nodes())
+    finally:
+        global_worker.gcs_client.report_cluster_config(Told().SerializeToString())
+    assert limits.node_types["some"] == ({"CPU": 8}, 2)
+    assert fit(ClusterConfig(num_workers=5000), EMPTY, limits).gpu
+    assert autoscaling_limits(ray_session.nodes()) is None
+
+
 BIG = MemoryNeed(
     AutoencoderConfig(
         token_size=288, window=256, d_model=2048, heads=16, layers=8, latent_dim=128, max_positions=[50_000, 60, 512]
@@ -353,9 +383,9 @@ def autoscaled_head(node_types, max_workers):
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
     }
     log = folder / "head.log"
+    with log.open("wb") as output:
+        head = subprocess.Popen(command, env=of_head, stdout=output, stderr=output, start_new_session=True)
     try:
-        with log.open("wb") as output:
-            head = subprocess.Popen(command, env=of_head, stdout=output, stderr=output, start_new_session=True)
         deadline = time.monotonic() + 120
         while "Ray runtime started" not in log.read_text():
             assert head.poll() is None and time.monotonic() < deadline, log.read_text()
