@@ -335,7 +335,7 @@ def outcome(**asked):
     return [granted.max_workers, granted.gpu]
 
 with connect(ClusterConfig()):
-    ray.get(ray.remote(num_cpus=0)(int).remote())  # a process that can answer is slow to start on a loaded machine
+    ray.get(ray.remote(num_cpus=0)(lambda: 0).remote())  # its first process may be slow to start
     asked = limits_of_config(ask_head(ray.nodes()[0]["NodeID"], ray.get_runtime_context().gcs_address))
     found = {
         "cpus": ray.cluster_resources().get("CPU", 0),
