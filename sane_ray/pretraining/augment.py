@@ -5,7 +5,7 @@ workers nor the size of micro-batches changes it, and a resumed run draws what a
 Random numbers are hashes of counters, computed where the tokens are: no generator has to be kept, and nothing waits
 for the device.
 
-Shape suffixes: b rows of this process, n = 2 b rows of both views one after the other, W tokens of a window, T values
+Shape suffixes: b rows of this process, n rows of its views one after the other, W tokens of a window, T values
 of a token.
 """
 
@@ -32,14 +32,14 @@ _BELOW_1 = 1 - 2.0**-24
 
 
 def augmented_views(views_nWT: Tensor, slot_b: Tensor, config: AugmentationConfig, *, seed: int, step: int) -> Tensor:
-    """Both views with multiplicative noise, which keeps padding zero, and perhaps a rectangle erased from each.
+    """Views with multiplicative noise, which keeps padding zero, and perhaps a rectangle erased from each.
 
     They are what is encoded and what is to be reconstructed, as in the published code: the noise is no denoising task,
     and what is erased stays zero in the target, so that the embedding says what its view holds. What the contrastive
     loss makes of it is that windows resemble each other whatever was erased.
 
     Args:
-        views_nWT: First views of all rows, then the second ones in the same order.
+        views_nWT: First views of all rows, then perhaps the second ones in the same order.
         slot_b: Places of the windows in the global batch.
         config: How much noise, how much erasing, and their seed.
         seed: Of the training.
@@ -49,23 +49,23 @@ def augmented_views(views_nWT: Tensor, slot_b: Tensor, config: AugmentationConfi
         float32 [n, W, T].
     """
     tokens_nWT = views_nWT.float()
-    key = (seed, config.seed, step)
+    key, views = (seed, config.seed, step), len(tokens_nWT) // len(slot_b)
     if config.noise > 0:
-        noise_nWT = normal(row_keys(slot_b, (*key, _NOISE)), tokens_nWT.shape[1:])
+        noise_nWT = normal(row_keys(slot_b, views, (*key, _NOISE)), tokens_nWT.shape[1:])
         tokens_nWT = tokens_nWT.addcmul(tokens_nWT, noise_nWT, value=config.noise)
     if config.erase > 0:
-        erased = rectangles(row_keys(slot_b, (*key, _ERASE)), tokens_nWT.shape[1:], config.erase)
+        erased = rectangles(row_keys(slot_b, views, (*key, _ERASE)), tokens_nWT.shape[1:], config.erase)
         tokens_nWT = tokens_nWT.masked_fill(erased, 0.0)
     return tokens_nWT
 
 
-def row_keys(slot_b: Tensor, numbers: tuple[int, ...]) -> Tensor:
-    """A random key for each row of both views: int64 [2 b], a function of its slot, its view and the numbers."""
+def row_keys(slot_b: Tensor, views: int, numbers: tuple[int, ...]) -> Tensor:
+    """A random key for each row of the views: int64 [n], a function of its slot, its view and the numbers."""
     key = 0
     for number in numbers:
         key = _mixed((key + number + 1) * _GOLDEN)
     slot_keys = _mix((slot_b + 1) * _GOLDEN + key)
-    return torch.cat([_mix(slot_keys + _signed(view * _GOLDEN)) for view in (1, 2)])
+    return torch.cat([_mix(slot_keys + _signed(view * _GOLDEN)) for view in range(1, views + 1)])
 
 
 def bits(key_n: Tensor, count: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import warnings
 from typing import Literal
 
 import torch
@@ -118,6 +119,8 @@ def shard(model: SANE, mesh: DeviceMesh, precision: torch.dtype, *, reshard: boo
         precision: of the matrix products.
         reshard: give a block's matrices back after its forward pass.
     """
+    # Said of the root's outputs, which nothing changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     whole = {parameter for parameter in model.parameters() if parameter.dim() < 2}
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks():

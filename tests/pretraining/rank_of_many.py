@@ -3,7 +3,6 @@
 Arguments: rank, world size, folder to meet and write in, names of SETTINGS. Rank 0 writes ``<world size>.pt``.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def train(rank: int, world_size: int, folder: Path, settings: dict) -> dict:
 
     outcome = {"metrics": steps(trainer, make_batches(STEPS))}
     outcome["validation"] = trainer.validate([share(b, rank, world_size) for b in make_batches(2, seed=9)])
-    outcome["weights"] = whole_weights(trainer)
+    outcome["weights"] = {name: weight.clone() for name, weight in whole_weights(trainer).items()}
     dcp.save(trainer.state.state_dict(), checkpoint_id=folder)
     outcome["record"] = trainer.state.record()
     resumed = make_trainer(behavior=token_distance, **(common | {"seed": 5}))
@@ -48,7 +47,6 @@ def load(trainer, folder: Path, record: dict) -> None:
 
 
 def main(rank: int, world_size: int, folder: Path, names: list[str]) -> None:
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting_{world_size}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)

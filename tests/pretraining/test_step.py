@@ -21,7 +21,9 @@ from small_training import (
 )
 
 from sane_ray.autoencoder.losses import explained_variance
+from sane_ray.errors import InputError
 from sane_ray.pretraining.batch import concatenate
+from sane_ray.pretraining.sharding import compiles
 from sane_ray.pretraining.step import METRICS, choose_precision
 
 LOSS = METRICS.index("loss")
@@ -70,12 +72,12 @@ def test_many_ranks_train_as_one_on_the_same_global_batches(many_ranks, world_si
     outcome = many_ranks[1][world_size][name]
     trainer = one_rank(name)
     metrics = run_steps(trainer, make_batches(STEPS))
-    # In bfloat16 the gradient of a weight is rounded once for each rank, so the sums differ by 2^-8 of the parts.
+    # In bfloat16 the gradient of a weight is rounded once for each rank, to 2^-9; AdamW makes more of small ones.
     tolerance = 2e-2 if name == "bfloat16" else 2e-5
     torch.testing.assert_close(outcome["metrics"], metrics, atol=tolerance, rtol=tolerance)
     assert (metrics[:, SKIPPED] == 0).all()
     for weight_name, weight in whole_weights(trainer).items():
-        torch.testing.assert_close(outcome["weights"][weight_name], weight, atol=2 * tolerance, rtol=tolerance)
+        torch.testing.assert_close(outcome["weights"][weight_name], weight, atol=tolerance, rtol=tolerance)
     expected = trainer.validate(make_batches(2, seed=9))
     assert outcome["validation"] == pytest.approx(expected, abs=tolerance, rel=tolerance)
 
@@ -86,6 +88,7 @@ def test_the_first_loss_in_bfloat16_is_that_of_one_rank(many_ranks, world_size):
     first = many_ranks[1][world_size]["bfloat16"]["metrics"][0]
     expected = one_rank("bfloat16").step(make_batches(1)[0])
     torch.testing.assert_close(first[:NORM], expected[:NORM], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(first[NORM], expected[NORM], atol=0, rtol=2**-8)
 
 
 @pytest.mark.parametrize(("world_size", "name"), [(2, "plain"), (4, "node")])
@@ -106,13 +109,28 @@ def test_many_ranks_continue_what_they_saved_bit_by_bit(many_ranks, world_size, 
 
 
 @pytest.mark.parametrize("changed", [{"micro_batch": 1}, {"micro_batch": 3}, {"activation_checkpointing": True}])
-@pytest.mark.parametrize("loss", [{}, {"contrast": "none", "behavior": 0.3}, {"reconstruction": "elements"}])
+@pytest.mark.parametrize("loss", [{}, {"contrast": "none"}, {"behavior": 0.3, "reconstruction": "elements"}])
 def test_how_it_is_computed_changes_nothing(changed, loss):
     batches = [concatenate([batch.rows(0, 7), filler(1)]) for batch in make_batches(STEPS)]
     whole, pieces = (make_trainer(loss=loss, behavior=token_distance, **how) for how in ({}, changed))
     torch.testing.assert_close(run_steps(pieces, batches), run_steps(whole, batches), atol=1e-5, rtol=1e-5)
     for name, weight in whole_weights(whole).items():
         torch.testing.assert_close(whole_weights(pieces)[name], weight, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_blocks_compute_the_same_and_keep_their_names():
+    settings = {"activation_checkpointing": True, "micro_batch": 4, "positions": "sinusoidal"}
+    compiled, plain = make_trainer(compile="yes", **settings), make_trainer(compile="no", **settings)
+    batches = make_batches(2)
+    torch.testing.assert_close(run_steps(compiled, batches), run_steps(plain, batches), atol=1e-5, rtol=1e-5)
+    assert compiled.state.state_dict().keys() == plain.state.state_dict().keys()
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match="pretraining.compile is 'yes', but there is no C\\+\\+ compiler"):
+        make_trainer(compile="yes")
+    assert not compiles("auto", torch.device("cuda"))
 
 
 def test_both_passes_over_micro_batches_drop_the_same():
