@@ -35,7 +35,7 @@ from sane_ray.tokens.store import Segment, TokenStore
 from sane_ray.tokens.store.reading import RAW_DTYPES, RowGroup
 from sane_ray.tokens.tokenizer import LayerTable
 
-BLOCK_BYTES = 32e6
+BLOCK_BYTES = 16e6
 """Size of the blocks of windows that the reading task hands on, to whole steps."""
 
 BUFFER_BYTES = 512e6
@@ -173,18 +173,17 @@ class WindowReader:
         return _Tokens(segment, architecture.table, values_NT, movers, (self.plan.seed, self.augmentation.seed, epoch))
 
     def _cut(self, store: TokenStore, found: Mapping[int, _Tokens], windows: Windows) -> Columns:
-        """One block: contiguous arrays, filled once; filler rows stay zero."""
+        """One block: contiguous arrays, each value written once."""
         B, W = len(windows.slot), self.plan.window
         views = ["view_1"] + ["view_2"] * (self._kinds[1] is not None)
-        columns: Columns = {
-            name: np.zeros((B, W, store.token_size), _carried(RAW_DTYPES[store.dtype])) for name in views
-        }
-        columns |= {"signal": np.zeros((B, W), np.int32), "positions": np.zeros((B, W, 3), np.int32)}
+        bits = _carried(RAW_DTYPES[store.dtype])
+        columns: Columns = {name: np.empty((B, W, store.token_size), bits) for name in views}
+        columns |= {"signal": np.empty((B, W), np.int32), "positions": np.empty((B, W, 3), np.int32)}
         columns |= {"slot": windows.slot, "checkpoint": np.full(B, FILLER)}
-        for row, (number, start) in enumerate(zip(windows.segment.tolist(), windows.start.tolist(), strict=True)):
-            if number == FILLER:
-                continue
-            tokens = found[number]
+        for name in (*views, "signal", "positions"):
+            columns[name][windows.segment == FILLER] = 0
+        for row in np.flatnonzero(windows.segment != FILLER).tolist():
+            tokens, start = found[int(windows.segment[row])], int(windows.start[row])
             for view, name in enumerate(views):
                 tokens.cut(view, start, columns[name][row])
             first = tokens.segment.first + start
@@ -317,7 +316,10 @@ def _execution(
     import ray
     import ray.data
 
-    blocks = ray.data.from_items([part._asdict() for part in parts], override_num_blocks=len(parts)).map_batches(
+    # As many tasks as there are blocks to fill, so that short epochs do not cost a task each.
+    steps = len({part.epoch for part in parts}) * reader.plan.steps_per_epoch
+    tasks = max(1, min(len(parts), MOST_ITEMS, steps // reader.steps_a_block(store)))
+    blocks = ray.data.from_items([part._asdict() for part in parts], override_num_blocks=tasks).map_batches(
         reader.blocks,
         fn_kwargs={"first_step": first_step, "skip": skip},
         batch_size=1,
