@@ -62,7 +62,7 @@ class Export:
         self.folder = folder
         self.preprocessing = preprocessing
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="export")
-        self._writing: Future[None] | None = None
+        self._writing: Future[bool] | None = None
 
     def begin(self, model: SANE) -> None:
         """Gathers the weights, on every rank, and writes them on rank 0 in the background, after the write before.
@@ -79,17 +79,34 @@ class Export:
             copies = {name: weight.clone() for name, weight in weights.items()}
             self._writing = self._thread.submit(self._attempt, model, copies)
 
-    def finish(self) -> None:
-        """Waits for what is being written; storage that is away is only warned of."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is being written any more."""
+        return self._writing is None or self._writing.done()
 
-    def _attempt(self, model: SANE, weights: dict[str, Tensor]) -> None:
+    def finish(self) -> bool:
+        """Waits for what is being written; storage that is away is only warned of.
+
+        Returns:
+            Whether this rank has written a model since the last call.
+        """
+        writing, self._writing = self._writing, None
+        return writing is not None and writing.result()
+
+    def close(self) -> bool:
+        """As ``finish``; the last call."""
+        try:
+            return self.finish()
+        finally:
+            self._thread.shutdown()
+
+    def _attempt(self, model: SANE, weights: dict[str, Tensor]) -> bool:
         try:
             _write(model, weights, self.folder, self.preprocessing)
         except OSError as error:
             _LOG.warning("the model could not be written to %s (%s): training goes on", self.folder, error)
+            return False
+        return True
 
 
 def _write(model: SANE, weights: Mapping[str, Tensor], folder: Path, preprocessing: Mapping[str, Any] | None) -> None:

@@ -18,8 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
+from sane_ray.autoencoder.model import SANE
+from sane_ray.config import AutoencoderConfig
 from sane_ray.errors import InputError
 from sane_ray.pretraining.checkpoints import Checkpoints
+from sane_ray.pretraining.export import Export, export
 from sane_ray.pretraining.state import TrainingState
 
 EXTRA = {"ledger": {"epoch": 1, "signature": "ab"}, "best": float("inf"), "norms": [0.1, 1e-17]}
@@ -40,6 +43,13 @@ def make_state(seed=0, width=7):
     rest = [p for p in model.parameters() if p.dim() == 1]
     optimizer = AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], fused=True)
     return TrainingState(model, optimizer, OneCycleLR(optimizer, 0.1, total_steps=1000), seed=seed)
+
+
+def make_autoencoder():
+    """A small model of the real kind, the same in every process; not sharded."""
+    torch.manual_seed(1)
+    sizes = {"token_size": 7, "window": 5, "d_model": 12, "heads": 3, "layers": 2, "latent_dim": 5}
+    return SANE(AutoencoderConfig(**sizes, max_positions=[20, 4, 9]))
 
 
 def train(state, steps=1):
@@ -154,6 +164,20 @@ def fail_on_the_last_rank(run):
         limit_file_size(resource.RLIM_INFINITY)
     checkpoints.save(train(state))
     return {"error": error, "steps": [*steps, checkpoints.latest_step]}
+
+
+def export_sharded(run):
+    """Both ways of exporting a sharded model."""
+    model = make_autoencoder()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    export(model, run / "model")
+    best = Export(run / "best")
+    best.begin(model)
+    best.finish()
+    return dist.get_rank()
 
 
 def start_on_own_folders(run):
