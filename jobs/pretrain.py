@@ -10,6 +10,7 @@ from sane_ray.config import PRESETS, PretrainJob
 from sane_ray.errors import InputError
 from sane_ray.pretraining.history import read_history
 from sane_ray.pretraining.launcher import Run, is_complete, plan_run, pretrain
+from sane_ray.pretraining.scaling import Placement, gigabytes, scaling_table
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.layout import table_settings
 from sane_ray.tokens.store.writing import matching_store, write_store
@@ -36,8 +37,8 @@ def main(job: PretrainJob, dry_run: bool) -> None:
     storage = default_storage(job.storage)
     store = TokenStore.open(local_path(job.store, "store")) if job.store else find_store(job, storage)
     if dry_run:
-        plan = describe(plan_run(job, store, storage)) if store else describe_building(job, storage)
-        print(f"{plan}\ndry run: nothing was started")
+        print(describe_plan(plan_run(job, store, storage), job) if store else describe_building(job, storage))
+        print("dry run: nothing was started")
         return
     with connect(job.cluster):
         preflight(job.cluster)
@@ -104,7 +105,20 @@ def describe(run: Run) -> str:
         f"{shape.d_model}, {shape.token_size} values a token -> {shape.latent_dim}\n"
         f"training {training.epochs} epochs of {run.steps_per_epoch} steps of {training.batch_size} windows, "
         f"{run.flops / 1e12:.3g} TFLOP in all"
+    ) + (
+        f"\nnote     a batch may hold {run.most_of_a_model} windows of one model, near-duplicates that the contrastive "
+        "loss takes for different: a larger zoo, --pretraining.shuffle_mb, or a smaller --pretraining.batch_size helps"
+        if run.most_of_a_model > 1 and run.worker.loss.contrast != "none"
+        else ""
     )
+
+
+def describe_plan(run: Run, job: PretrainJob) -> str:
+    """``describe``, and what the run needs here and on paper on many GPUs."""
+    worker, workers = run.worker, job.cluster.max_workers
+    need = run.memory.on(Placement(workers, per_node=workers, gpu=job.cluster.gpu == "yes"))
+    table = scaling_table(worker.autoencoder, worker.pretraining, worker.loss, workers=workers)
+    return f"{describe(run)}\nmemory   {gigabytes(need.device)} a worker: {need}\n{table}"
 
 
 def ending(run: Run, already: bool) -> str:

@@ -69,6 +69,8 @@ class Run:
     steps_per_epoch: int
     windows: dict[str, int]
     """Windows of an epoch, by split."""
+    most_of_a_model: int
+    """Windows of one model that a global batch may hold; 1 where the zoo has models enough."""
 
     @property
     def folder(self) -> Path:
@@ -81,15 +83,25 @@ class Run:
         return self.steps_per_epoch * self.worker.pretraining.epochs
 
     @property
+    def memory(self) -> MemoryNeed:
+        """What decides how much memory a worker needs."""
+        return MemoryNeed(self.worker.autoencoder, self.worker.pretraining, self.worker.loss)
+
+    @property
     def parameters(self) -> int:
         """Trainable parameters of the model."""
         return sum(parameter.numel() for parameter in self._model.parameters())
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the whole run: both views of every window, forward and backward."""
-        tokens = 2 * self.worker.pretraining.batch_size * self.worker.autoencoder.window * self.total_steps
-        return tokens * self._model.flops_per_token(self.worker.autoencoder.window)
+        """Floating-point operations of the whole run: all views of every window, forward and backward."""
+        windows = self.windows["train"] * self.worker.pretraining.epochs
+        return (
+            self.memory.views
+            * windows
+            * self.worker.autoencoder.window
+            * self._model.flops_per_token(self.worker.autoencoder.window)
+        )
 
     @property
     def _model(self) -> SANE:
@@ -148,6 +160,7 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
         output=output,
         steps_per_epoch=plan.steps_per_epoch,
         windows={split: windows_of_split(store, split, autoencoder.window) for split in ("train", "val")},
+        most_of_a_model=plan.most_of_a_model,
     )
 
 
@@ -217,10 +230,7 @@ def pretrain(run: Run, job: PretrainJob) -> Path:
         InputError: the run's name belongs to another config, the cluster is too small, or the loss diverged.
         TrainingFailedError: workers failed more often than ``cluster.max_failures``.
     """
-    worker = run.worker
-    resources = preflight(
-        job.cluster, MemoryNeed(worker.autoencoder, worker.pretraining, worker.loss), storage=run.storage
-    )
+    resources = preflight(job.cluster, run.memory, storage=run.storage)
     claim(run)
     if is_complete(run):
         return run.output

@@ -148,6 +148,8 @@ class _Loop:
             if self.config.evaluate_every and self.rank == 0
             else None
         )
+        self.snapshot: tuple[int, Export] | None = None
+        """A model on its way to an evaluation, and its step."""
         self.points: list[Point] = []
         """Of steps that are not reported yet."""
         self.reported: deque[list[Point]] = deque(maxlen=3)
@@ -160,6 +162,9 @@ class _Loop:
         if self.batches is not None:
             self.batches.close()
         self.checkpoints.close()
+        self.best_model.close()
+        if self.snapshot is not None:
+            self.snapshot[1].close()
 
     def run(self) -> dict[str, Any]:
         """From the last checkpoint to the last step; what the driver wants to know at the end."""
@@ -284,17 +289,19 @@ class _Loop:
         return self.points[-1]
 
     def _evaluate(self) -> None:
-        """Hands the model as it is to an evaluation beside training."""
+        """Writes the model as it is, beside training, for an evaluation that ``_submit`` asks for."""
+        self._submit(wait=True)
         step = self.trainer.state.step
-        folder = self._export(f"{EVALUATION_FOLDER}/step_{step:09d}")
-        if self.evaluations is not None:
-            self.evaluations.submit(step, step / self.steps_per_epoch, folder)
+        self.snapshot = step, Export(self.folder / EVALUATION_FOLDER / f"step_{step:09d}", self.preprocessing)
+        self.snapshot[1].begin(self.trainer.model)
 
-    def _export(self, name: str) -> Path:
-        """Writes the model as it is into a folder of the run, which is there when this returns."""
-        folder = self.folder / name
-        export(self.trainer.model, folder, self.preprocessing)
-        return folder
+    def _submit(self, *, wait: bool) -> None:
+        """Asks for the evaluation of the last snapshot, if it is written."""
+        if self.snapshot is None or not (wait or self.snapshot[1].is_finished):
+            return
+        (step, snapshot), self.snapshot = self.snapshot, None
+        if snapshot.close() and self.evaluations is not None:
+            self.evaluations.submit(step, step / self.steps_per_epoch, snapshot.folder)
 
     def _is_preempted(self) -> bool:
         """Whether a node of this run is about to be taken away, the first time that this is known."""
@@ -317,6 +324,7 @@ class _Loop:
         """Sends what was not reported yet to the controller."""
         import ray.train
 
+        self._submit(wait=False)
         evaluations = self.evaluations.collect() if self.evaluations is not None else []
         ray.train.report({"history": self.points, "evaluations": evaluations})
         self.reported.append(self.points)
@@ -364,8 +372,9 @@ class _Loop:
 
     def _finish(self) -> None:
         """Writes the finished model, and waits a while for an evaluation that is still under way."""
-        self._export(MODEL_FOLDER)
+        export(self.trainer.model, self.folder / MODEL_FOLDER, self.preprocessing)
         self.best_model.finish()
+        self._submit(wait=True)
         if self.evaluations is not None:
             self.evaluations.wait(LAST_EVALUATION_SECONDS)
         self._report()

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,10 +61,13 @@ def test_every_step_is_in_the_history_and_the_loss_falls(finished):
     history = read_history(run.history)
     assert [point["step"] for point in history] == list(range(1, run.total_steps + 1))
     assert history[-1]["train/loss"] < history[0]["train/loss"]
-    validated = [point["step"] for point in history if "val/loss" in point]
+    validated = [int(point["step"]) for point in history if "val/loss" in point]
     assert validated == [2 * run.steps_per_epoch, 4 * run.steps_per_epoch]
     timed = [point for point in history if "tokens_per_s" in point]
     assert all(point["tokens_per_s"] > 0 and 0 <= point["data_wait_fraction"] <= 1 for point in timed)
+    assert all(0 < point["mfu"] < 1 and point["peak_memory_mb"] > 100 and point["workers"] == 2 for point in timed)
+    assert all(point["spikes"] == point["skipped_steps"] == 0 for point in timed)
+    assert all(1 <= history[step - 1]["val/effective_rank"] <= 8 for step in validated)
     assert all(
         point["flops_per_s"] / point["tokens_per_s"]
         == pytest.approx(timed[0]["flops_per_s"] / timed[0]["tokens_per_s"])
@@ -91,6 +95,24 @@ def test_mlflow_has_one_finished_run_with_parameters_metrics_and_artifacts(finis
     assert "plots/accuracies.png" in artifacts
 
 
+def test_the_best_model_is_kept_beside_the_last_one(finished):
+    run, _, _ = finished
+    lowest = min((point for point in read_history(run.history) if "val/loss" in point), key=lambda p: p["val/loss"])
+    best, last = (load_file(run.folder / name / "model.safetensors") for name in ("model_best", "model"))
+    assert best.keys() == last.keys()
+    same = all(torch.equal(best[name], last[name]) for name in last)
+    assert same == (lowest["step"] == run.total_steps)
+
+
+def test_two_checkpoints_stay_with_their_place_in_the_data(finished):
+    run, _, _ = finished
+    manifests = sorted(run.folder.glob("checkpoints/step_*/complete.json"))
+    contents = [json.loads(path.read_text()) for path in manifests]
+    assert [content["step"] for content in contents] == [3 * run.steps_per_epoch, 4 * run.steps_per_epoch]
+    ledgers = [content["state"]["extra"]["ledger"] for content in contents]
+    assert [ledger["epoch"] for ledger in ledgers] == [3, 4]
+
+
 def test_a_second_launch_finds_all_done(finished):
     run, job, _ = finished
     assert is_complete(run)
@@ -107,7 +129,16 @@ def test_the_name_of_a_run_with_other_settings_is_refused(finished, store):
 
 
 def test_how_often_a_run_looks_at_itself_does_not_change_its_identity(store, tmp_path):
-    often = changed(SMALL, pretraining={"log_every": 1, "validate_every": 1, "checkpoint_every": 2})
+    often = changed(
+        SMALL,
+        pretraining={
+            "log_every": 1,
+            "validate_every": 0.5,
+            "checkpoint_every": 2,
+            "micro_batch": 2,
+            "sharding": "none",
+        },
+    )
     assert plan_run(often, store, tmp_path).identity == plan_run(SMALL, store, tmp_path).identity
     longer = changed(SMALL, pretraining={"epochs": 5})
     assert plan_run(longer, store, tmp_path).identity != plan_run(SMALL, store, tmp_path).identity
@@ -137,15 +168,15 @@ assert not any(name.split(".")[0] == "ray" and module is not None for name, modu
 
 
 def kill_worker_after_a_checkpoint(folder, killed):
-    """Waits until the run is past a checkpoint, then kills its training worker as the kernel would."""
+    """Waits until a checkpoint is complete, then kills the run's training worker as the kernel would."""
     from ray.util.state import list_actors
 
-    while len(list(folder.glob("checkpoint_*"))) < 2:  # the first one counts when the second is begun
+    while not list(folder.glob("checkpoints/step_*/complete.json")):
         time.sleep(0.05)
     filters = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
     for actor in list_actors(filters=filters, detail=True):
         os.kill(actor.pid, signal.SIGKILL)
-        killed.append(len(list(folder.glob("checkpoint_*"))))
+        killed.append(actor.pid)
 
 
 def test_a_killed_worker_costs_nothing_but_time(store, tmp_path):
@@ -165,9 +196,44 @@ def test_a_killed_worker_costs_nothing_but_time(store, tmp_path):
     assert [point["train/loss"] for point in history] == [point["train/loss"] for point in expected]
     weights, uninterrupted = (load_file(tmp_path / "runs" / n / "model/model.safetensors") for n in ("small", "whole"))
     assert all(torch.equal(weights[name], uninterrupted[name]) for name in uninterrupted)
-    lines = run.history.read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
-    assert steps.count(1) == 1, "training began anew instead of from its last checkpoint"
+    first = {line for line in run.history.read_text().splitlines() if json.loads(line)["step"] == 1}
+    assert len(first) == 1, "training began anew instead of from its last checkpoint"
+
+
+def test_one_worker_goes_on_in_the_middle_of_an_epoch_where_two_began(store, tmp_path):
+    """The same batches for any number of workers: losses agree to rounding, and no step is lost or doubled."""
+    calm = changed(SMALL, run_name="calm")
+    pretrain(plan_run(calm, store, tmp_path), calm)
+    frequent = changed(SMALL, pretraining={"checkpoint_every": 0.3}, cluster={"num_workers": 2})
+    run = plan_run(frequent, store, tmp_path)
+    pretrain(run, frequent)
+    (middle,) = [run.folder / "checkpoints" / f"step_{run.total_steps - 1:09d}"]
+    assert middle.exists(), sorted(run.folder.glob("checkpoints/*"))
+    shutil.rmtree(run.folder / "checkpoints" / f"step_{run.total_steps:09d}")
+    shutil.rmtree(run.output)
+    alone = changed(frequent, cluster={"num_workers": 1})
+    pretrain(plan_run(alone, store, tmp_path), alone)
+    history, expected = read_history(run.history), read_history(plan_run(calm, store, tmp_path).history)
+    assert [point["step"] for point in history] == [point["step"] for point in expected]
+    losses, calm_losses = ([point["train/loss"] for point in points] for points in (history, expected))
+    assert losses == pytest.approx(calm_losses, rel=1e-4)
+    assert history[-1]["workers"] == 1
+
+
+def test_a_spike_is_gone_back_for_and_its_batch_left_out(store, tmp_path):
+    job = changed(
+        SMALL,
+        pretraining={"epochs": 10, "checkpoint_every": 1, "spike_factor": 1.05, "on_spike": "rollback", "log_every": 2},
+    )
+    run = plan_run(job, store, tmp_path)
+    pretrain(run, job)
+    history = read_history(run.history)
+    skipped = history[-1]["skipped_steps"]
+    assert 1 <= skipped <= 40
+    manifest = json.loads(sorted(run.folder.glob("checkpoints/*/complete.json"))[-1].read_text())
+    assert len(manifest["state"]["skipped"]) == skipped
+    assert manifest["state"]["extra"]["rollbacks"] >= 1
+    assert history[-1]["step"] == run.total_steps
 
 
 def test_a_diverging_loss_is_told_and_not_retried(store, tmp_path):
@@ -190,6 +256,7 @@ def test_a_diverging_loss_is_told_and_not_retried(store, tmp_path):
         ({"autoencoder": {"token_size": 289}}, r"autoencoder\.token_size is 289.*73 values.*--tokens\.token_size 289"),
         ({"autoencoder": {"max_positions": [10, 4, 24]}}, r"autoencoder\.max_positions.*needs \[52, 4, 24\]"),
         ({"pretraining": {"batch_size": 1000}}, r"pretraining\.batch_size is 1000.*32 windows"),
+        ({"loss": {"behavior": 0.5}}, r"loss\.behavior.*window"),
     ],
 )
 def test_a_config_that_does_not_fit_the_store_is_refused(store, tmp_path, sections, message):
