@@ -128,7 +128,7 @@ def test_compiled_blocks_compute_the_same_and_keep_their_names():
 
 def test_a_missing_compiler_is_told(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match="pretraining.compile is 'yes', but there is no C\\+\\+ compiler"):
+    with pytest.raises(InputError, match=r"pretraining\.compile is 'yes', but there is no C\+\+ compiler"):
         make_trainer(compile="yes")
     assert not compiles("auto", torch.device("cuda"))
 
