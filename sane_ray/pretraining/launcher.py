@@ -179,6 +179,8 @@ def _settings(job: PretrainJob, autoencoder: AutoencoderConfig, store: TokenStor
 def resolve_autoencoder(config: AutoencoderConfig, store: TokenStore) -> AutoencoderConfig:
     """Fills in the token size and position tables from the store, or checks that those given fit it.
 
+    Sinusoidal positions have no tables.
+
     Raises:
         InputError: they do not.
     """
@@ -188,6 +190,8 @@ def resolve_autoencoder(config: AutoencoderConfig, store: TokenStore) -> Autoenc
             f"{store.token_size} values: set it to 0 or {store.token_size}, or prepare a store with "
             f"--tokens.token_size {config.token_size}"
         )
+    if config.positions == "sinusoidal":
+        return dataclasses.replace(config, token_size=store.token_size, max_positions=[])
     tables = [architecture.table.position_sizes for architecture in store.architectures.values()]
     needed = [max(sizes) for sizes in zip(*tables, strict=True)]
     given = config.max_positions or needed

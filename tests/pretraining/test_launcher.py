@@ -265,6 +265,12 @@ def test_a_config_that_does_not_fit_the_store_is_refused(store, tmp_path, sectio
     assert not list(tmp_path.iterdir())
 
 
+def test_sinusoidal_positions_need_no_tables(store, tmp_path):
+    run = plan_run(changed(SMALL, autoencoder={"positions": "sinusoidal"}), store, tmp_path)
+    assert run.worker.autoencoder.max_positions == []
+    assert run.parameters < plan_run(SMALL, store, tmp_path).parameters
+
+
 def test_an_output_that_holds_something_else_is_refused_before_any_work(store, tmp_path):
     precious = tmp_path / "thesis" / "precious.txt"
     precious.parent.mkdir()
