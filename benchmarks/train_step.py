@@ -1,103 +1,184 @@
-"""Tokens a second of the training step, against a plain loop of the same model and against the matrix-product peak.
+"""Tokens a second of the training step, of a plain loop of the same model, and of the published code's step.
 
     python benchmarks/train_step.py
-    python benchmarks/train_step.py --preset cnn --batch-size 8 --steps 3 --precision bfloat16
-    python benchmarks/train_step.py --preset resnet18 --device cuda
+    python benchmarks/train_step.py --published ../SANE
+    python benchmarks/train_step.py --preset cnn --batch-size 8 --steps 1 --rounds 5
+    python benchmarks/train_step.py --preset resnet18 --device cuda --published ../SANE
 
-Three things are measured in turn, round after round, in one process; a figure is the median of the rounds:
+Sides are measured in turn, round after round, each in a process of its own, so that its memory is its own too:
 
-* ours: ``Trainer.step`` of sane_ray/pretraining/step.py, as a training worker calls it;
+* ours: ``Trainer.step`` of sane_ray/pretraining/step.py, as a training worker calls it, with the preset's settings;
+* ours-float32, ours-compiled, ours-eager, ours-recomputed, ours-pieces: the same in float32, with
+  ``pretraining.compile`` yes or no, with ``activation_checkpointing``, with ``micro_batch`` a quarter of the batch;
 * plain: the same model, losses, noise, clipping and schedule in the most ordinary PyTorch: AdamW as it comes, and the
   loss and the gradient's norm read with ``.item()`` every step. It does not compute explained variance, ours does;
+* published: the step of the published code in its own precision and settings, where ``--published`` names a checkout;
+  published-off and published-working: with other compilation. published_step.py says what each does. All sides of a
+  table have the same sizes, batches and number of parameters;
 * peak: the best rate of a few square matrix products in the same number format on the same threads.
 
 Batches are synthetic but have the shapes, number formats and padding of the preset's networks, and lie on the device:
-reading data is not measured. Needs torch and numpy, neither Ray nor a store.
+reading data is not measured, nor is a first round, in which things are compiled. Needs torch, numpy and scipy, neither
+Ray nor a store.
 
-How to read the table: tokens/s counts the tokens of both views. GFLOP/s is that times ``SANE.flops_per_token``, which
-counts matrix products and attention and nothing else. "of peak" divides it by the measured peak; on small models the
-rest of the step (optimiser, norms, losses, calls) keeps it far below 1. "x plain" above 1 means that ours is faster.
-"peak MB" is the memory in use at the worst moment so far, both models included: the process's resident memory on the
-CPU, the allocator's on a GPU. On a shared machine compare ratios, not rates, and run twice.
+How to read the table: a figure is the median of the rounds. tokens/s counts the tokens of both views. GFLOP/s is that
+times ``SANE.flops_per_token``, which counts matrix products and attention and nothing else, once, whatever a side
+computes besides. "of peak" divides it by the measured peak of the side's own number format; on small models the rest
+of the step (optimiser, norms, losses, calls) keeps it far below 1. "MFU" divides by the maker's figure for the GPU, in
+bfloat16 unless the side computes in float32; CPUs have none. "ours x" says how many times as fast as this side ours
+is: the median of the rounds' own ratios, since the load of others comes and goes. "peak MB" is the most memory in use
+after the first round: the process's resident memory on the CPU, the allocator's on a GPU. "load" is the machine's load
+average when the measurement begins and ends, its own included. On a shared machine compare ratios, and run twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without being installed
 
 import torch
+from published_step import Compilation, PublishedLoop, data_of, is_checkout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.config import PRESETS, PretrainJob
+from sane_ray.hardware import peak_flops
 from sane_ray.pretraining.batch import Batch
 from sane_ray.pretraining.step import Trainer, choose_precision
 from sane_ray.tokens.tokenizer import LayerTable, build_layer_table
 from sane_ray.zoo.architectures import ARCHITECTURES, parameter_shapes
 
+ROOT = Path(__file__).resolve().parents[1]
 MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 MATRIX_REPEATS = {"cpu": 1, "cuda": 10}
-Precision = Literal["float32", "bfloat16"]
 BATCHES = 4
-SCHEDULE_STEPS = 1_000_000  # longer than any measurement: both sides stay at the schedule's beginning
+SCHEDULE_STEPS = 1_000_000  # longer than any measurement: all sides stay at the schedule's beginning
+PIECES = 4
+
+Format = Literal["float32", "bfloat16", "float16"]
+Burst = Callable[[int], object]
+"""Trains so many steps."""
+
+OURS: dict[str, Callable[[PretrainJob], dict[str, Any]]] = {
+    "ours": lambda job: {},
+    "ours-float32": lambda job: {"precision": "float32"},
+    "ours-compiled": lambda job: {"compile": "yes"},
+    "ours-eager": lambda job: {"compile": "no"},
+    "ours-recomputed": lambda job: {"activation_checkpointing": True},
+    "ours-pieces": lambda job: {"micro_batch": -(-job.pretraining.batch_size // PIECES)},
+}
+"""What each of our sides sets in ``pretraining``."""
+
+PUBLISHED = {"published": "own", "published-off": "off", "published-working": "working"}
+"""How the published code is compiled."""
+
+SIDES = (*OURS, "plain", *PUBLISHED)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process is told to do."""
+
+    side: str
+    preset: str
+    batch_size: int
+    precision: Literal["float32", "bfloat16"]
+    device: str
+    threads: int
+    code: Path | None = None
+    """A checkout of the published code."""
+
+    @property
+    def format(self) -> Format:
+        """The number format of this side's matrix products."""
+        if self.side == "ours-float32":
+            return "float32"
+        if self.side in PUBLISHED:
+            return "float16" if self.device == "cuda" else "float32"
+        return self.precision
+
+
+@dataclass(frozen=True)
+class Burned:
+    """What some steps cost."""
+
+    seconds: float
+    megabytes: float
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Median speeds in one number format."""
+    """What was measured of one side."""
 
-    precision: str
-    ours: float
-    """Tokens a second."""
-    plain: float
-    """Tokens a second."""
-    peak: float
-    """Floating-point operations a second of the fastest matrix product."""
+    side: str
+    format: Format
+    tokens_per_s: float
     flops_per_token: float
-    megabytes_ours: float
-    megabytes_plain: float
+    peak: float
+    """Floating-point operations a second of the fastest matrix product in that format."""
+    nominal: float | None
+    """The same by the maker's data sheet."""
+    ours_times: float
+    """How many times as fast as this side ours is."""
+    megabytes: float
 
     @property
-    def ratio(self) -> float:
-        """Ours over plain."""
-        return self.ours / self.plain
+    def flops(self) -> float:
+        """Of the model, a second."""
+        return self.tokens_per_s * self.flops_per_token
 
-    def fraction_of_peak(self, tokens_per_s: float) -> float:
-        """Of the matrix-product peak, at that speed."""
-        return tokens_per_s * self.flops_per_token / self.peak
+    @property
+    def of_peak(self) -> float:
+        """Over the measured peak."""
+        return self.flops / self.peak
+
+    @property
+    def mfu(self) -> float | None:
+        """Over the maker's figure."""
+        return self.flops / self.nominal if self.nominal else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    job, table = job_of(options.preset, options.batch_size)
+    job, _ = job_of(options.preset, options.batch_size)
+    precision = precision_of(options.precision, device)
+    code = options.published if is_checkout(options.published) else None
+    sides = options.sides or default_sides(precision, code)
+    if code is None and set(sides) & PUBLISHED.keys():
+        raise SystemExit(f"no published code at {options.published}: name a checkout with --published")
     config = job.autoencoder
     print(
         f"{options.preset}: {job.pretraining.batch_size} windows of {config.window} tokens of {config.token_size} "
         f"values in two views, d_model {config.d_model}, {2 * config.layers} blocks; "
-        f"{describe(device)}, {options.threads} threads; torch {torch.__version__}"
+        f"{describe(device)}, {options.threads} threads; torch {torch.__version__}; load {os.getloadavg()[0]:.1f}",
+        flush=True,
     )
-    precisions: list[Precision] = [options.precision] if options.precision != "both" else ["float32", "bfloat16"]
-    if options.precision == "both" and choose_precision("auto", device) != torch.bfloat16:
-        precisions.remove("bfloat16")
-        print(
-            "bfloat16 left out: the processor does not multiply it natively (--precision bfloat16 measures it anyway)"
-        )
-    print_table([measure(job, table, name, device, options.steps, options.rounds) for name in precisions])
+    works = [
+        Work(side, options.preset, options.batch_size, precision, options.device, options.threads, code)
+        for side in sides
+    ]
+    speeds = measure(works, options.steps, options.rounds, one_at_a_time=options.one_at_a_time)
+    print_table(speeds)
+    if code is None:
+        print(f"no published code at {options.published}: own figures only")
+    print(f"load {os.getloadavg()[0]:.1f}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -106,12 +187,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=0, help="windows in a step (default: the preset's)")
     parser.add_argument(
         "--precision",
-        choices=("both", "float32", "bfloat16"),
-        default="both",
-        help="of matrix products (default: both)",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of our matrix products and the plain loop's (default: as training chooses)",
     )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="what to measure, the first time ours (default: all)")
+    parser.add_argument("--published", type=Path, default=ROOT.parent / "SANE", help="a checkout of the published code")
     parser.add_argument("--steps", type=int, default=4, help="steps of each side in a round (default: 4)")
     parser.add_argument("--rounds", type=int, default=8, help="rounds after one to warm up (default: 8)")
+    parser.add_argument(
+        "--one-at-a-time",
+        action="store_true",
+        help="end one side before the next begins, where memory holds no more; the load may change in between",
+    )
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: %(default)s)"
     )
@@ -124,7 +212,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.steps, options.rounds, options.threads) < 1 or options.batch_size < 0:
         parser.error("--steps, --rounds, --threads and --batch-size must be positive")
+    if options.sides and (options.sides[0] not in OURS or len(set(options.sides)) < len(options.sides)):
+        parser.error(f"--sides: the first is what the others are compared to, one of {', '.join(OURS)}; each once")
     return options
+
+
+def precision_of(
+    wanted: Literal["auto", "float32", "bfloat16"], device: torch.device
+) -> Literal["float32", "bfloat16"]:
+    """What training would choose."""
+    return "bfloat16" if choose_precision(wanted, device) == torch.bfloat16 else "float32"
+
+
+def default_sides(precision: str, code: Path | None) -> list[str]:
+    """Ours, the same in float32, the plain loop and the published code where it is present."""
+    return ["ours", *["ours-float32"] * (precision != "float32"), "plain", *["published"] * (code is not None)]
 
 
 def job_of(preset: str, batch_size: int) -> tuple[PretrainJob, LayerTable]:
@@ -173,7 +275,8 @@ def synthetic_batches(job: PretrainJob, table: LayerTable, device: torch.device)
         mask = torch.arange(table.token_size) < signal[..., None]
         views = (torch.randn(mask.shape, generator=generator) * mask for _ in range(2))
         view_1, view_2 = (view.to(torch.float16) for view in views)
-        batches.append(Batch(view_1, view_2, signal, torch.from_numpy(table.positions[index])).to(device))
+        positions, slot = torch.from_numpy(table.positions[index]), torch.arange(windows)
+        batches.append(Batch(view_1, view_2, signal, positions, slot, checkpoint=slot).to(device))
     return batches
 
 
@@ -232,41 +335,132 @@ def build_trainer(job: PretrainJob, device: torch.device) -> Trainer:
     return Trainer(job.autoencoder, job.loss, job.augmentation, job.pretraining, steps=SCHEDULE_STEPS, device=device)
 
 
-def measure(
-    job: PretrainJob, table: LayerTable, precision: Precision, device: torch.device, steps: int, rounds: int
-) -> Speed:
-    """Both loops and the matrix products in turn, ``rounds`` times after one that is thrown away."""
-    job = replace(job, pretraining=replace(job.pretraining, precision=precision))
-    batches = cycle(synthetic_batches(job, table, device))
-    trainer, plain = build_trainer(job, device), PlainLoop(job, device)
-    bursts: list[Callable[[], object]] = [
-        lambda: [trainer.step(next(batches)) for _ in range(steps)],
-        lambda: [plain.step(next(batches)) for _ in range(steps)],
-        *(matrix_product(size, precision, device) for size in MATRIX_SIZES[device.type]),
-    ]
-    timings = [one_round(bursts, number, device) for number in range(rounds + 1)][1:]
-    ours, theirs, *products = (
-        statistics.median(seconds for seconds, _ in column) for column in zip(*timings, strict=True)
-    )
-    memory = [max(megabytes for _, megabytes in column) for column in zip(*timings, strict=True)]
+def burst_of(work: Work) -> Burst:
+    """Builds a side."""
+    job, table = job_of(work.preset, work.batch_size)
+    job = told(job, work)
+    device = torch.device(work.device)
+    batches = synthetic_batches(job, table, device)
+    if work.side in PUBLISHED:
+        return published_burst(work, job, batches)
+    loop: Trainer | PlainLoop = PlainLoop(job, device) if work.side == "plain" else build_trainer(job, device)
+    endless = cycle(batches)
+    return lambda steps: [loop.step(batch) for batch in islice(endless, steps)]
+
+
+def told(job: PretrainJob, work: Work) -> PretrainJob:
+    """The config with what this side sets in it."""
+    overrides = {"precision": work.precision} | (OURS[work.side](job) if work.side in OURS else {})
+    return replace(job, pretraining=replace(job.pretraining, **overrides))
+
+
+def published_burst(work: Work, job: PretrainJob, batches: Sequence[Batch]) -> Burst:
+    """Builds the published side; it must have as many parameters as ours."""
+    assert work.code is not None
+    compilation = cast(Compilation, PUBLISHED[work.side])
+    loop = PublishedLoop(work.code, job, torch.device(work.device), compilation, SCHEDULE_STEPS)
+    with torch.device("meta"):
+        ours = sum(parameter.numel() for parameter in SANE(job.autoencoder).parameters())
+    if loop.parameters != ours:
+        raise RuntimeError(f"the published model has {loop.parameters} parameters, ours {ours}: nothing to compare")
+    data = cycle([data_of(batch) for batch in batches])
+    return lambda steps: loop.steps(list(islice(data, steps)))
+
+
+class Side:
+    """A side in a process of its own."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        context = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, mp_context=context)
+
+    def run(self, steps: int) -> Burned:
+        """Trains so many steps; the first time it builds the model first, untimed."""
+        return self._process.submit(burn, self.work, steps).result()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.shutdown()
+
+
+_BURSTS: dict[Work, Burst] = {}
+"""In a side's process: what it has built."""
+
+
+def burn(work: Work, steps: int) -> Burned:
+    """Trains so many steps and says what they cost; builds the side at the first call."""
+    device = torch.device(work.device)
+    if work not in _BURSTS:
+        torch.set_num_threads(work.threads)
+        _BURSTS[work] = burst_of(work)
+        seconds = timed(partial(_BURSTS[work], steps), device)
+        forget_peak_memory(device)
+        return Burned(seconds, 0.0)
+    seconds = timed(partial(_BURSTS[work], steps), device)
+    return Burned(seconds, peak_megabytes(device))
+
+
+def measure(works: Sequence[Work], steps: int, rounds: int, *, one_at_a_time: bool = False) -> list[Speed]:
+    """All sides and the matrix products in turn, ``rounds`` times after one that is thrown away."""
+    groups = [[work] for work in works] if one_at_a_time else [list(works)]
+    timings: dict[Work, list[Burned]] = {}
+    peaks: dict[Format, float] = {}
+    for group in groups:
+        sides = [Side(work) for work in group]
+        try:
+            for number in range(rounds + 1):
+                for side in swapped(sides, number):
+                    burned = side.run(steps)
+                    if number:
+                        timings.setdefault(side.work, []).append(burned)
+                for work in group:
+                    rate = fastest_product(work.format, torch.device(work.device))
+                    peaks[work.format] = max(peaks.get(work.format, 0.0), rate)
+        finally:
+            for side in sides:
+                side.close()
+    return [speed_of(work, timings[work], timings[works[0]], peaks[work.format], steps) for work in works]
+
+
+def swapped(sides: Sequence[Side], number: int) -> list[Side]:
+    """In another order every round: the first one follows the big products."""
+    first = number % len(sides)
+    return [*sides[first:], *sides[:first]]
+
+
+def speed_of(work: Work, own: Sequence[Burned], ours: Sequence[Burned], peak: float, steps: int) -> Speed:
+    """Medians of the rounds."""
+    job, _ = job_of(work.preset, work.batch_size)
     tokens = steps * 2 * job.pretraining.batch_size * job.autoencoder.window
-    repeats = MATRIX_REPEATS[device.type]
-    rates = [2 * repeats * size**3 / seconds for size, seconds in zip(MATRIX_SIZES[device.type], products, strict=True)]
-    flops = trainer.model.flops_per_token(job.autoencoder.window)
-    return Speed(precision, tokens / ours, tokens / theirs, max(rates), flops, memory[0], memory[1])
+    with torch.device("meta"):
+        flops_per_token = SANE(job.autoencoder).flops_per_token(job.autoencoder.window)
+    return Speed(
+        side=work.side,
+        format=work.format,
+        tokens_per_s=tokens / statistics.median(burned.seconds for burned in own),
+        flops_per_token=flops_per_token,
+        peak=peak,
+        nominal=peak_flops(torch.device(work.device), product_format(work.format)),
+        ours_times=statistics.median(a.seconds / b.seconds for a, b in zip(own, ours, strict=True)),
+        megabytes=max(burned.megabytes for burned in own),
+    )
 
 
-def one_round(bursts: Sequence[Callable[[], object]], number: int, device: torch.device) -> list[tuple[float, float]]:
-    """What ``timed`` says of each; the two loops swap places every round, as the first one follows the big products."""
-    first, second = (0, 1) if number % 2 else (1, 0)
-    results = {place: timed(bursts[place], device) for place in (first, second, *range(2, len(bursts)))}
-    return [results[place] for place in range(len(bursts))]
+def product_format(name: Format) -> torch.dtype:
+    """The format whose peak a side is held against: float16 is as fast as bfloat16."""
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
-def matrix_product(size: int, precision: str, device: torch.device) -> Callable[[], object]:
-    """Multiplies two square matrices as ``nn.Linear`` does, several times where once is too short to time."""
-    left, right = (torch.randn(size, size, device=device, dtype=getattr(torch, precision)) for _ in range(2))
-    return partial(_repeat, partial(F.linear, left, right), MATRIX_REPEATS[device.type])
+def fastest_product(name: Format, device: torch.device) -> float:
+    """FLOP/s of the fastest of a few products of square matrices, multiplied as ``nn.Linear`` does."""
+    rates = []
+    for size in MATRIX_SIZES[device.type]:
+        left, right = (torch.randn(size, size, device=device, dtype=product_format(name)) for _ in range(2))
+        repeats = MATRIX_REPEATS[device.type]
+        multiply = partial(F.linear, left, right)
+        rates.append(2 * repeats * size**3 / timed(partial(_repeat, multiply, repeats), device))
+    return max(rates)
 
 
 def _repeat(function: Callable[[], object], times: int) -> None:
@@ -274,20 +468,33 @@ def _repeat(function: Callable[[], object], times: int) -> None:
         function()
 
 
-def timed(function: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds until the device is done, and the memory at the worst moment in MB (on the CPU: so far)."""
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    return time.perf_counter() - start
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Lets ``peak_megabytes`` begin anew, where that can be done."""
     if device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_megabytes(device: torch.device) -> float:
+    """Most memory that this process had in use."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "linux":
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return float(status["VmHWM"].split()[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def describe(device: torch.device) -> str:
@@ -295,18 +502,17 @@ def describe(device: torch.device) -> str:
 
 
 def print_table(speeds: Sequence[Speed]) -> None:
-    print(f"{'':18}{'tokens/s':>12}{'GFLOP/s':>12}{'of peak':>9}{'x plain':>9}{'peak MB':>9}")
+    print(
+        f"{'':20}{'':10}{'tokens/s':>12}{'GFLOP/s':>12}{'of peak':>9}{'MFU':>7}{'ours x':>8}{'peak MB':>9}", flush=True
+    )
     for speed in speeds:
-        sides = (("ours", speed.ours, speed.megabytes_ours), ("plain", speed.plain, speed.megabytes_plain))
-        for name, tokens_per_s, megabytes in sides:
-            rate = tokens_per_s * speed.flops_per_token / 1e9
-            print(
-                f"{speed.precision:10}{name:8}{tokens_per_s:12,.0f}{rate:12,.1f}"
-                f"{speed.fraction_of_peak(tokens_per_s):9.3f}{tokens_per_s / speed.plain:9.2f}{megabytes:9,.0f}"
-            )
-        print(f"{speed.precision:10}{'peak':8}{'':12}{speed.peak / 1e9:12,.1f}{1:9.3f}")
-    if len(speeds) == 2:
-        print(f"ours in bfloat16 is {speeds[1].ours / speeds[0].ours:.2f} x ours in float32")
+        mfu = f"{speed.mfu:7.3f}" if speed.mfu is not None else f"{'-':>7}"
+        print(
+            f"{speed.side:20}{speed.format:10}{speed.tokens_per_s:12,.0f}{speed.flops / 1e9:12,.1f}"
+            f"{speed.of_peak:9.3f}{mfu}{speed.ours_times:8.2f}{speed.megabytes:9,.0f}"
+        )
+    for name, peak in {speed.format: speed.peak for speed in speeds}.items():
+        print(f"{'peak':20}{name:10}{'':12}{peak / 1e9:12,.1f}{1:9.3f}")
 
 
 if __name__ == "__main__":

@@ -60,51 +60,99 @@ def test_batches_look_like_windows_of_the_preset(preset):
         assert (batch.positions[:, 1:, 0] - batch.positions[:, :-1, 0] == 1).all()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_figures_follow_from_each_other(precision):
-    job, table = small_job()
-    speed = train_step.measure(job, table, precision, CPU, steps=1, rounds=1)
-    assert speed.precision == precision
-    assert speed.ratio == pytest.approx(speed.ours / speed.plain)
-    assert speed.flops_per_token == train_step.PlainLoop(job, CPU).model.flops_per_token(6)
-    assert speed.fraction_of_peak(speed.ours) == pytest.approx(speed.ours * speed.flops_per_token / speed.peak)
-    assert 0 < speed.fraction_of_peak(speed.plain) < 1
-    assert min(speed.megabytes_ours, speed.megabytes_plain) > 10
+def work(side="ours", precision="float32", code=None):
+    return train_step.Work(side, "digits", 2, precision, "cpu", 1, code)
 
 
-def test_prints_a_table_without_ray_pyarrow_or_mlflow():
-    blocked = (
-        "import sys; sys.modules.update(dict.fromkeys(['ray', 'pyarrow', 'mlflow', 'pandas'])); "
-        f"sys.path.insert(0, {str(Path(train_step.__file__).parent)!r}); "
-        "import train_step; train_step.main(sys.argv[1:])"
-    )
+def test_sides_are_measured_in_processes_of_their_own():
+    works = [work(), work("plain")]
+    ours, plain = train_step.measure(works, steps=1, rounds=2)
+    job, _ = train_step.job_of("digits", batch_size=2)
+    assert (ours.side, plain.side) == ("ours", "plain")
+    assert ours.ours_times == 1
+    assert plain.ours_times > 0
+    assert ours.flops_per_token == train_step.PlainLoop(job, CPU).model.flops_per_token(job.autoencoder.window)
+    assert ours.flops == pytest.approx(ours.tokens_per_s * ours.flops_per_token)
+    assert ours.of_peak == pytest.approx(ours.flops / ours.peak)
+    assert 0 < plain.of_peak < 1
+    assert ours.peak == plain.peak
+    assert ours.mfu is None  # a CPU has no peak by name
+    assert min(ours.megabytes, plain.megabytes) > 50
+    assert not train_step._BURSTS  # nothing was built here
+
+
+def test_figures_are_medians_of_rounds():
+    own = [train_step.Burned(seconds, megabytes) for seconds, megabytes in ((8.0, 1.0), (4.0, 3.0), (99.0, 2.0))]
+    ours = [train_step.Burned(seconds, 1.0) for seconds in (2.0, 2.0, 3.0)]
+    speed = train_step.speed_of(work("plain"), own, ours, peak=1e9, steps=3)
+    assert speed.tokens_per_s == pytest.approx(3 * 2 * 2 * 32 / 8)
+    assert speed.ours_times == pytest.approx(4)
+    assert speed.megabytes == 3
+
+
+@pytest.mark.parametrize(
+    ("side", "precision", "compiled", "recomputed", "micro_batch"),
+    [
+        ("ours", "bfloat16", "auto", False, 0),
+        ("ours-float32", "float32", "auto", False, 0),
+        ("ours-compiled", "bfloat16", "yes", False, 0),
+        ("ours-eager", "bfloat16", "no", False, 0),
+        ("ours-recomputed", "bfloat16", "auto", True, 0),
+        ("ours-pieces", "bfloat16", "auto", False, 2),
+        ("plain", "bfloat16", "auto", False, 0),
+    ],
+)
+def test_sides_set_what_their_names_say(side, precision, compiled, recomputed, micro_batch):
+    job, _ = train_step.job_of("digits", batch_size=6)
+    told = train_step.Work(side, "digits", 6, "bfloat16", "cpu", 1)
+    config = train_step.told(job, told).pretraining
+    assert (config.precision, config.compile) == (precision, compiled)
+    assert (config.activation_checkpointing, config.micro_batch) == (recomputed, micro_batch)
+    assert told.format == precision
+
+
+def test_published_code_has_a_precision_of_its_own():
+    assert work("published", "bfloat16").format == "float32"
+    on_gpu = train_step.Work("published", "digits", 2, "bfloat16", "cuda", 1)
+    assert on_gpu.format == "float16"
+    assert train_step.product_format(on_gpu.format) == torch.bfloat16
+
+
+@pytest.mark.parametrize("sides", [["ours", "plain"], ["plain", "ours"]])
+def test_sides_swap_places_every_round(sides):
+    orders = [train_step.swapped(sides, number) for number in range(2)]
+    assert orders == [sides, sides[::-1]]
+
+
+def test_prints_a_table_without_ray_pyarrow_or_mlflow(tmp_path):
+    for name in ("ray", "pyarrow", "mlflow", "pandas"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not to be imported')\n")
     arguments = ["--batch-size=2", "--steps=1", "--rounds=1", "--threads=1", "--device=cpu", "--precision=float32"]
     done = subprocess.run(
-        [sys.executable, "-c", blocked, *arguments],
+        [sys.executable, train_step.__file__, *arguments, "--published=nowhere"],
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},
     )
-    rows = {line.split()[1]: line.split()[2:] for line in done.stdout.splitlines() if line.startswith("float32")}
-    ours, plain = ([float(value.replace(",", "")) for value in rows[side]] for side in ("ours", "plain"))
-    assert ours[3] == pytest.approx(ours[0] / plain[0], rel=0.05)
-    assert plain[3] == 1
-    peak = float(rows["peak"][0].replace(",", ""))
-    assert ours[2] == pytest.approx(ours[1] / peak, rel=0.05, abs=0.002)
+    lines = done.stdout.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if "float32" in line}
+    assert list(rows) == ["ours", "plain", "peak"]
+    rate, of_peak, times = (float(rows["ours"][column].replace(",", "")) for column in (2, 3, 5))
+    assert times == 1
+    assert of_peak == pytest.approx(rate / float(rows["peak"][1].replace(",", "")), rel=0.05, abs=0.002)
+    assert "no published code at nowhere: own figures only" in lines
 
 
 def test_help_teaches_and_bad_arguments_are_refused(capsys):
     with pytest.raises(SystemExit, match="0"):
         train_step.parse(["--help"])
     assert "How to read the table" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        train_step.parse(["--steps", "0"])
+    for wrong in (["--steps", "0"], ["--sides", "plain", "ours"], ["--sides", "ours", "ours"]):
+        with pytest.raises(SystemExit, match="2"):
+            train_step.parse(wrong)
 
 
-def test_the_loops_swap_places_every_round():
-    calls = []
-    bursts = [lambda name=name: calls.append(name) for name in ("ours", "plain", "product")]
-    for number in range(2):
-        assert len(train_step.one_round(bursts, number, CPU)) == 3
-    assert calls == ["plain", "ours", "product", "ours", "plain", "product"]
+def test_the_published_side_needs_the_published_code():
+    with pytest.raises(SystemExit, match="name a checkout with --published"):
+        train_step.main(["--published", "nowhere", "--sides", "ours", "published"])
