@@ -13,7 +13,7 @@ B, W, T = 8, 5, 7
 SETTINGS = {
     "plain": {},
     "micro": {"micro_batch": 2, "loss": {"normalization": "token"}},
-    "recomputed": {"activation_checkpointing": True, "sharding": "none"},
+    "recomputed": {"activation_checkpointing": True, "sharding": "none", "loss": {"behavior": 0.2}},
     "kept": {"reshard": False, "loss": {"contrast": "none"}},
     "bfloat16": {"precision": "bfloat16"},
     "node": {"sharding": "node", "micro_batch": 1, "activation_checkpointing": True},
