@@ -20,10 +20,12 @@ from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     RayTrainError,
+    WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
 )
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import (
     InitializingState,
     ReschedulingState,
@@ -31,6 +33,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
     SchedulingState,
 )
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from torch.distributed import DistError
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -51,6 +54,7 @@ WAITING = (InitializingState, SchedulingState, ReschedulingState, RestartingStat
 """States of Ray Train's controller in which there are no workers."""
 
 _PAUSE_SECONDS = 0.5
+_LONGEST_LINE = 300
 _RAY_DATA_ADDS = "\nFailed to apply UDF"
 
 _CONTROLLER_LOG = "ray.train.v2._internal.execution.controller.controller"
@@ -139,22 +143,26 @@ class StopWaiting(ControllerCallback):
     """Ends the run when its workers could not be started for too long, for ``ray.train.RunConfig(callbacks=[...])``.
 
     Counts time, not tries, and begins anew whenever workers have started: a cluster may lose and replace any number of
-    nodes in a long run.
+    nodes in a long run. Workers that die while they start are faults like any other.
     """
 
-    def __init__(self, seconds: float, wanted: str) -> None:
+    def __init__(self, seconds: float, wanted: str, most_failures: int = 3) -> None:
         """Waits so long.
 
         Args:
             seconds: how long to wait for workers.
             wanted: what is waited for, for the error's sentence: ``2 workers of 2 CPUs each``.
+            most_failures: how often in turn workers may die while they start.
         """
         self._seconds = seconds
         self._wanted = wanted
+        self._most_failures = most_failures
+        self._failures = 0
         self._since: float | None = None
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Called by Ray Train's controller, whose log it keeps readable while it waits."""
+        """Called by Ray Train's controller, in whose process alone it mends Ray Train."""
+        TrainController.worker_group_cls = _Workers
         logging.getLogger(_CONTROLLER_LOG).addFilter(_short)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
@@ -162,29 +170,63 @@ class StopWaiting(ControllerCallback):
 
         Raises:
             InputError: the time is over.
+            WorkerGroupStartupFailedError: workers died too often.
         """
         if not isinstance(current_state, WAITING):
-            self._since = None
+            self._since, self._failures = None, 0
             return
         if type(current_state) is type(previous_state):  # an elastic run with too few nodes would look again at once
             time.sleep(_PAUSE_SECONDS)
+        elif isinstance(current_state, ReschedulingState):
+            self._count(_cause(current_state.training_failed_error))
         self._since = self._since or time.monotonic()
         if time.monotonic() - self._since > self._seconds:
-            logging.getLogger(_CALLBACK_LOG).setLevel(logging.CRITICAL)  # it would call the sentence below a crash
+            _quieten_callbacks()
             raise InputError(
                 f"the cluster had no room for {self._wanted} for {self._seconds / 60:g} minutes: add nodes, or lower "
                 "cluster.num_workers, and give the same command again: it goes on from the last checkpoint"
             )
 
+    def _count(self, failure: BaseException) -> None:
+        if isinstance(failure, WorkerGroupStartupFailedError):
+            self._failures += 1
+            if self._failures > self._most_failures:
+                _quieten_callbacks()
+                raise failure
+
+
+class _Workers(WorkerGroup):
+    """Ray Train's workers, which it leaves alone, with all they reserve, when one of them dies just as it is started.
+
+    Nor does it start them again then; the error raised here it takes for what it is.
+    """
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception as error:
+            if self.has_started():
+                self.shutdown()
+            if is_fault(error) and not isinstance(error, WorkerGroupStartupTimeoutError):
+                raise WorkerGroupStartupFailedError(f"workers died while they started: {error}") from error
+            raise
+
+
+def _quieten_callbacks() -> None:
+    """Ray would show the sentence that ends a run as a crash of a callback."""
+    logging.getLogger(_CALLBACK_LOG).setLevel(logging.CRITICAL)
+
 
 def _short(record: logging.LogRecord) -> bool:
-    """Makes one line of what Ray says, with its whole stack, each minute that workers do not start."""
-    if record.exc_info and isinstance(record.exc_info[1], WorkerGroupStartupTimeoutError):
-        record.msg, record.args = (
-            "still waiting for %s workers: the cluster lacks room",
-            (record.exc_info[1].num_workers,),
-        )
-        record.levelno, record.levelname, record.exc_info = logging.WARNING, "WARNING", None
+    """Makes one line of what Ray says, with its whole stack, whenever workers could not be started."""
+    failure = record.exc_info[1] if record.exc_info else None
+    if isinstance(failure, WorkerGroupStartupTimeoutError):
+        record.msg, record.args = "still waiting for %s workers: the cluster lacks room", (failure.num_workers,)
+    elif isinstance(failure, WorkerGroupStartupFailedError):
+        record.msg, record.args = "%s", (" ".join(str(failure).split())[:_LONGEST_LINE],)
+    else:
+        return True
+    record.levelno, record.levelname, record.exc_info = logging.WARNING, "WARNING", None
     return True
 
 

@@ -1,6 +1,7 @@
 """Which exceptions end a training and which are mended by a restart: Ray Train with loops that fail in known ways."""
 
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from torch.distributed.checkpoint.api import CheckpointException
 
+sys.path.insert(0, str(Path(__file__).parent))
+from cluster import wait_until
 from sane_ray.errors import InputError
 from sane_ray.pretraining.faults import Bug, StopOnBug, StopWaiting, is_fault, reason_of, root_bug, told
 
@@ -114,7 +117,7 @@ def loop(config):
         list(ray.data.range(1).map_batches(refuse, num_cpus=0).iter_batches())
     if rank == 1 and config["fails"] == "bug":
         raise TypeError("a bug of rank 1")
-    if rank == 1 and config["fails"] == "death" and first:
+    if rank == 1 and (config["fails"] == "always" or (config["fails"] == "death" and first)):
         os._exit(1)
     torch.distributed.all_reduce(torch.ones(3))
     return {"starts": len(list(starts.glob(f"{rank}-*")))}
@@ -125,7 +128,7 @@ def fit(ray_session, tmp_path):
     return partial(run, tmp_path)
 
 
-def run(folder, fails, *, workers=2, wait=60.0):
+def run(folder, fails, *, workers=2, wait=60.0, deaths=3):
     """Trains; returns the result, or raises what the launcher would."""
     trainer = TorchTrainer(
         told(loop),
@@ -136,7 +139,7 @@ def run(folder, fails, *, workers=2, wait=60.0):
             name="run",
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=2),
-            callbacks=[StopOnBug(), StopWaiting(wait, f"{workers} workers")],
+            callbacks=[StopOnBug(), StopWaiting(wait, f"{workers} workers", deaths)],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -167,6 +170,12 @@ def test_what_a_data_task_refuses_is_told_as_its_sentence(fit, tmp_path):
 
 def test_a_death_is_mended(fit, tmp_path):
     assert fit("death").return_value == {"starts": 2}
+
+
+def test_workers_that_die_at_once_again_and_again_end_the_run_and_leave_no_reservation(fit, ray_session):
+    with pytest.raises(ray.train.TrainingFailedError, match="died"):
+        fit("always", deaths=1)
+    wait_until(lambda: ray_session.available_resources().get("CPU") == 4)
 
 
 def test_workers_that_cannot_start_are_not_waited_for_forever(fit, monkeypatch):
