@@ -15,7 +15,7 @@ SETTINGS = {
     "micro": {"micro_batch": 2, "loss": {"normalization": "token"}},
     "recomputed": {"activation_checkpointing": True, "sharding": "none", "loss": {"behavior": 0.2}},
     "kept": {"reshard": False, "loss": {"contrast": "none"}},
-    "bfloat16": {"precision": "bfloat16"},
+    "bfloat16": {"precision": "bfloat16", "learning_rate": 1e-3},
     "node": {"sharding": "node", "micro_batch": 1, "activation_checkpointing": True},
 }
 """Configurations that several processes are compared with one in, by name."""

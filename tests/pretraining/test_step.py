@@ -74,11 +74,11 @@ def test_many_ranks_train_as_one_on_the_same_global_batches(many_ranks, world_si
     trainer = one_rank(name)
     metrics = run_steps(trainer, make_batches(STEPS))
     # In bfloat16 the gradient of a weight is rounded once for each rank, to 2^-9; AdamW makes more of small ones.
-    tolerance = 2e-2 if name == "bfloat16" else 2e-5
+    tolerance, of_weights = (2e-2, 1e-3) if name == "bfloat16" else (2e-5, 2e-5)
     torch.testing.assert_close(outcome["metrics"], metrics, atol=tolerance, rtol=tolerance)
     assert (metrics[:, SKIPPED] == 0).all()
     for weight_name, weight in whole_weights(trainer).items():
-        torch.testing.assert_close(outcome["weights"][weight_name], weight, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(outcome["weights"][weight_name], weight, atol=of_weights, rtol=of_weights)
     expected = trainer.validate(make_batches(2, seed=9))
     assert outcome["validation"] == pytest.approx(expected, abs=tolerance, rel=tolerance)
 
