@@ -35,8 +35,9 @@ from sane_ray.tokens.store import Segment, TokenStore
 from sane_ray.tokens.store.reading import RAW_DTYPES, RowGroup
 from sane_ray.tokens.tokenizer import LayerTable
 
-BLOCK_BYTES = 16e6
-"""Size of the blocks of windows that the reading task hands on, to whole steps."""
+BLOCK_BYTES = 32e6
+"""Size of the blocks of windows that the reading task hands on, to whole steps: each costs Ray Data some 50 ms of waiting
+on the way, and larger arrays get new pages from the system each time."""
 
 BUFFER_BYTES = 512e6
 """Blocks that wait for the worker, in the shared memory of its node. Without a limit Ray Data takes a share of the
