@@ -36,8 +36,8 @@ from sane_ray.tokens.store.reading import RAW_DTYPES, RowGroup
 from sane_ray.tokens.tokenizer import LayerTable
 
 BLOCK_BYTES = 32e6
-"""Size of the blocks of windows that the reading task hands on, to whole steps: each costs Ray Data some 50 ms of waiting
-on the way, and larger arrays get new pages from the system each time."""
+"""Size of the blocks of windows that the reading task hands on, to whole steps. Each waits some 50 ms on its way;
+arrays beyond 32 MiB get new pages from the system each time."""
 
 BUFFER_BYTES = 512e6
 """Blocks that wait for the worker, in the shared memory of its node. Without a limit Ray Data takes a share of the
