@@ -5,7 +5,7 @@ Shapes: B windows, W tokens in a window, T values in a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -47,9 +47,5 @@ class Batch:
         return self._map(lambda tensor: tensor[begin:end])
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
-
-
-def concatenate(batches: Sequence[Batch]) -> Batch:
-    """The rows of several batches as one."""
-    return Batch(**{f.name: torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(Batch)})
+        mapped = {field.name: function(getattr(self, field.name)) for field in fields(self) if field.name != "view_2"}
+        return Batch(**mapped, view_2=mapped["view_1"] if self.view_2 is self.view_1 else function(self.view_2))
