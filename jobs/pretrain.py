@@ -11,6 +11,7 @@ from sane_ray.errors import InputError
 from sane_ray.pretraining.history import read_history
 from sane_ray.pretraining.launcher import Run, is_complete, plan_run, pretrain
 from sane_ray.pretraining.scaling import Placement, gigabytes, scaling_table
+from sane_ray.pretraining.worker import BEST_FOLDER
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.layout import table_settings
 from sane_ray.tokens.store.writing import matching_store, write_store
@@ -40,13 +41,16 @@ def main(job: PretrainJob, dry_run: bool) -> None:
         print(describe_plan(plan_run(job, store, storage), job) if store else describe_building(job, storage))
         print("dry run: nothing was started")
         return
+    if store and is_complete(run := plan_run(job, store, storage)):
+        pretrain(run, job)
+        print(ending(run, already=True))
+        return
     with connect(job.cluster):
         preflight(job.cluster)
         run = plan_run(job, store or build_store(job, storage), storage)
         print(describe(run))
-        already = is_complete(run)
         pretrain(run, job)
-        print(ending(run, already))
+        print(ending(run, already=False))
 
 
 def find_store(job: PretrainJob, storage: Path) -> TokenStore | None:
@@ -123,14 +127,19 @@ def describe_plan(run: Run, job: PretrainJob) -> str:
 
 def ending(run: Run, already: bool) -> str:
     """Where the results are and what to do next."""
-    last = read_history(run.history)[-1]
-    seen = f"; validation explained variance {last['val/explained_variance']:.3f}" if "val/loss" in last else ""
-    return (
-        f"{'already complete' if already else 'done'}: training loss {last['train/loss']:.4f}{seen}\n"
-        f"model    {run.output}   (SANE.from_pretrained reads it with torch alone)\n"
-        f"pictures {run.folder / 'plots'}\n"
-        f"MLflow   {ui_command(default_uri(run.storage))}"
-    )
+    history = read_history(run.history)
+    loss = next(point["train/loss"] for point in reversed(history) if "train/loss" in point)
+    validated = [point for point in history if "val/loss" in point]
+    seen = f"; validation explained variance {validated[-1]['val/explained_variance']:.3f}" if validated else ""
+    lines = [
+        f"{'already complete' if already else 'done'}: training loss {loss:.4f}{seen}",
+        f"model    {run.output}   (SANE.from_pretrained reads it with torch alone)",
+    ]
+    best = min(validated, key=lambda point: point["val/loss"], default=None)
+    if best is not None and best["step"] < run.total_steps:
+        lines.append(f"best     {run.folder / BEST_FOLDER}   (validation loss was lower at step {best['step']})")
+    lines += [f"pictures {run.folder / 'plots'}", f"MLflow   {ui_command(default_uri(run.storage))}"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,10 @@ class Tracker:
         if time.monotonic() >= self._next_try:
             self._send(SEND_SECONDS)
 
+    def rewind(self, step: int) -> None:
+        """Counts steps after this one as new again; MLflow then has both values of a step, the later one last."""
+        self._last_step = min(self._last_step, step)
+
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Uploads one file into `folder` of the run's artifacts; in an outage as soon as it is over.
 

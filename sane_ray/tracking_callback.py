@@ -29,9 +29,12 @@ class TrackingCallback(UserCallback):
         Args:
             run_context: of the training run; not used.
             metrics: one report a worker, by rank. Rank 0's may hold ``"history"``: points as `Tracker.log` takes them,
-                and ``"evaluations"``: further points of steps that were logged before.
+                ``"evaluations"``: further points of steps that were logged before, and ``"rewound_to"``: the step that
+                training has gone back to, whose followers come again with other values.
             checkpoint: of this report, or None; not used.
         """
+        if (step := metrics[0].get("rewound_to")) is not None:
+            self._tracker.rewind(step)
         for name, kept in self._kept.items():
             kept += metrics[0].get(name, ())
             with contextlib.suppress(OSError):  # the spool's disk is away: kept here until it is back

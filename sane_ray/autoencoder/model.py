@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -40,6 +42,8 @@ WEIGHTS_FILE = "model.safetensors"
 _INITIAL_STD = 0.02
 _WINDOWS_AT_ONCE = 32
 
+_LOG = logging.getLogger(__name__)
+
 
 class Attention(nn.Module):
     """Multi-head self-attention without biases; every token of a window sees every other one."""
@@ -55,21 +59,23 @@ class Attention(nn.Module):
         """[B, W, D] to [B, W, D]."""
         B, W, D = x_BWD.shape
         query, key, value = self.qkv(x_BWD).view(B, W, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BHWd = attend(query, key, value, self.dropout if self.training else 0.0)
+        mixed_BHWd = attend(query, key, value, self.dropout, training=self.training)
         return self.out(mixed_BHWd.transpose(1, 2).reshape(B, W, D))
 
 
-def attend(query_BHWd: Tensor, key_BHWd: Tensor, value_BHWd: Tensor, dropout: float) -> Tensor:
+def attend(query_BHWd: Tensor, key_BHWd: Tensor, value_BHWd: Tensor, dropout: float, *, training: bool) -> Tensor:
     """Softmax attention of every token to every token; [B, H, W, D / H] each, and so is the result.
 
-    No mask: padding is inside tokens, not among them, and a mask would rule out the flash kernel.
+    No mask: padding is inside tokens, not among them, and a mask would rule out the flash kernel. In training alone
+    weights are dropped, and the way to compute is the same with gradients and without: a pass without them, as over
+    micro-batches, gives the values of the one with them.
     """
-    if query_BHWd.device.type == "cpu" and query_BHWd.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    if training and query_BHWd.device.type == "cpu" and query_BHWd.dtype == torch.bfloat16:
         # The backward of the CPU's fused kernel takes up to five times as long in bfloat16 as these products.
         query_BHWd = query_BHWd / math.sqrt(query_BHWd.shape[-1])
         weights_BHWW = F.softmax(query_BHWd @ key_BHWd.mT, dim=-1)
         return F.dropout(weights_BHWW, dropout) @ value_BHWd
-    return F.scaled_dot_product_attention(query_BHWd, key_BHWd, value_BHWd, dropout_p=dropout)
+    return F.scaled_dot_product_attention(query_BHWd, key_BHWd, value_BHWd, dropout_p=dropout if training else 0.0)
 
 
 class FeedForward(nn.Module):
@@ -129,6 +135,7 @@ class SANE(nn.Module):
         config: Shape of the model, resolved.
         preprocessing: How weights became the tokens it was trained on: ``{"token_size", "architectures": {name:
             {"table": LayerTable.to_dict(), "normalization": Normalization.to_dict()}}}``; empty if unknown.
+        provenance: Where the model comes from, such as its run, step and validation loss; empty if unknown.
 
     Raises:
         InputError: ``config`` is not resolved: no token size, or no sizes of learned position tables.
@@ -145,6 +152,7 @@ class SANE(nn.Module):
             )
         self.config = config
         self.preprocessing: dict[str, Any] = {}
+        self.provenance: dict[str, Any] = {}
         width, blocks = config.d_model, range(config.layers)
         self.positions: PositionEmbedding | SinusoidalPositions = (
             PositionEmbedding(config.max_positions, width)
@@ -296,22 +304,30 @@ class SANE(nn.Module):
         weights = sum(linear.weight.numel() for linear in outside + inside)
         return float(6 * weights + 12 * len(self.blocks()) * self.config.d_model * window)
 
-    def save_pretrained(self, folder: str | Path, preprocessing: Mapping[str, Any] | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        preprocessing: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes ``config.json`` and ``model.safetensors``, both or nothing.
 
-        Of a sharded model, gather the weights first (``get_model_state_dict`` with ``full_state_dict=True``) and load
-        them with ``assign=True`` into a SANE built under ``torch.device("meta")``.
+        What a save to the same folder left beside it when it was killed is put back or deleted. Of a sharded model,
+        gather the weights first (``get_model_state_dict`` with ``full_state_dict=True``) and load them with
+        ``assign=True`` into a SANE built under ``torch.device("meta")``.
 
         Args:
             folder: Created; a model that is already there is replaced.
             preprocessing: How weights became tokens, JSON-able; left out, the model's own.
+            provenance: Where the model comes from, JSON-able; left out, the model's own.
 
         Raises:
-            InputError: ``folder`` holds other files, the model is sharded, or ``preprocessing`` is not JSON-able.
+            InputError: ``folder`` holds other files, the model is sharded, or what is said of it is not JSON-able.
         """
         from safetensors.torch import save_file
 
         folder = Path(folder).resolve()
+        _clear_up(folder)
         check_replaceable(folder)
         weights = self.state_dict()
         if any(_is_sharded(weight) for weight in weights.values()):
@@ -320,12 +336,15 @@ class SANE(nn.Module):
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "autoencoder": dataclasses.asdict(self.config),
+            "provenance": dict(self.provenance if provenance is None else provenance),
             "preprocessing": dict(self.preprocessing if preprocessing is None else preprocessing),
         }
         try:
             text = json.dumps(content, indent=1, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise InputError(f"preprocessing cannot be written to {folder / CONFIG_FILE}: {error}") from error
+            raise InputError(
+                f"preprocessing or provenance cannot be written to {folder / CONFIG_FILE}: {error}"
+            ) from error
         new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
             new.mkdir(parents=True)
@@ -339,6 +358,8 @@ class SANE(nn.Module):
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> SANE:
         """Reads a model that ``save_pretrained`` wrote, in evaluation mode.
 
+        If that was killed just as it replaced the folder, the model before is read, with a warning.
+
         Args:
             folder: Folder of the model.
             device: Where its weights shall lie.
@@ -346,14 +367,14 @@ class SANE(nn.Module):
         Raises:
             InputError: The folder or a file is missing or damaged, of another format version, or weights do not fit.
         """
-        folder = Path(folder)
-        config, preprocessing = _read_config(folder)
+        folder = _or_replaced(Path(folder))
+        config, preprocessing, provenance = _read_config(folder)
         weights = _read_weights(folder / WEIGHTS_FILE, device)
         with torch.device("meta"):
             model = cls(config)
         check_weights(weights, model.state_dict(), f"{folder / WEIGHTS_FILE}")
         model.load_state_dict(weights, assign=True)
-        model.preprocessing = preprocessing
+        model.preprocessing, model.provenance = preprocessing, provenance
         return model.eval()
 
     @torch.no_grad()
@@ -530,7 +551,7 @@ def _sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _read_config(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
+def _read_config(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any], dict[str, Any]]:
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: name the folder of a trained model, which holds {CONFIG_FILE}")
@@ -552,7 +573,8 @@ def _read_config(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
     if not isinstance(fields, dict):
         raise InputError(f"{path}: autoencoder is {fields!r}: it must hold the fields of the autoencoder's config")
     check_names(fields, known, f"{path}: autoencoder")
-    return AutoencoderConfig(**fields), dict(content.get("preprocessing") or {})
+    preprocessing, provenance = (dict(content.get(name) or {}) for name in ("preprocessing", "provenance"))
+    return AutoencoderConfig(**fields), preprocessing, provenance
 
 
 def _read_weights(path: Path, device: str | torch.device) -> dict[str, Tensor]:
@@ -587,3 +609,37 @@ def _move_into_place(new: Path, folder: Path) -> None:
     folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old)
+
+
+def _clear_up(folder: Path) -> None:
+    """Undoes what saving to the folder left unfinished: the model that was being replaced gets its name back."""
+    replaced = _replaced(folder)
+    if replaced and not folder.exists():
+        replaced[-1].rename(folder)
+    for left in _left_beside(folder):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _or_replaced(folder: Path) -> Path:
+    """The folder, or where it is missing, the model that was being replaced; not moved, as others may be saving."""
+    replaced = [] if folder.exists() else _replaced(folder.resolve())
+    if not replaced:
+        return folder
+    _LOG.warning("%s is missing, as saving a newer model to it was cut off: %s is read instead", folder, replaced[-1])
+    return replaced[-1]
+
+
+def _replaced(folder: Path) -> list[Path]:
+    """Models that the folder held and that were not deleted, the newest last."""
+    old = [left for left in _left_beside(folder) if left.suffix == ".old"]
+    return sorted(old, key=lambda left: left.stat().st_mtime)
+
+
+def _left_beside(folder: Path) -> list[Path]:
+    """Folders beside this one that saving to it has made, and nobody else: their names and contents say so."""
+    if not folder.parent.is_dir():
+        return []
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}(\.old)?")
+    left = [entry for entry in folder.parent.iterdir() if name.fullmatch(entry.name) and not entry.is_symlink()]
+    ours = {CONFIG_FILE, WEIGHTS_FILE}
+    return [entry for entry in left if entry.is_dir() and {inside.name for inside in entry.iterdir()} <= ours]

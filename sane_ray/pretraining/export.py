@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.errors import InputError
@@ -42,7 +43,7 @@ def export(
     deadline, pause = time.monotonic() + patience_s, min(1.0, patience_s / 4)
     while True:
         try:
-            return _write(model, weights, folder, preprocessing)
+            return _write(model, weights, folder, preprocessing, model.provenance)
         except OSError as error:
             if time.monotonic() + pause >= deadline:
                 raise InputError(
@@ -75,9 +76,8 @@ class Export:
         self.finish()
         weights = whole_model(model)
         if _is_first():
-            # plain weights are the live ones: training must not change what is being written
-            copies = {name: weight.clone() for name, weight in weights.items()}
-            self._writing = self._thread.submit(self._attempt, model, copies)
+            copies = apart_from(model, weights)
+            self._writing = self._thread.submit(self._attempt, model, copies, dict(model.provenance))
 
     @property
     def is_finished(self) -> bool:
@@ -100,20 +100,36 @@ class Export:
         finally:
             self._thread.shutdown()
 
-    def _attempt(self, model: SANE, weights: dict[str, Tensor]) -> bool:
+    def _attempt(self, model: SANE, weights: dict[str, Tensor], provenance: dict[str, Any]) -> bool:
         try:
-            _write(model, weights, self.folder, self.preprocessing)
+            _write(model, weights, self.folder, self.preprocessing, provenance)
         except OSError as error:
             _LOG.warning("the model could not be written to %s (%s): training goes on", self.folder, error)
             return False
         return True
 
 
-def _write(model: SANE, weights: Mapping[str, Tensor], folder: Path, preprocessing: Mapping[str, Any] | None) -> None:
+def apart_from(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that training the model does not change: copies of those that lie in its own memory, the others as is.
+
+    Plain weights on the CPU are the live ones; what was gathered, or came from a GPU, is a copy already.
+    """
+    locals_ = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in model.state_dict().values())
+    live = {tensor.untyped_storage().data_ptr() for tensor in locals_}
+    return {name: w.clone() if w.untyped_storage().data_ptr() in live else w for name, w in weights.items()}
+
+
+def _write(
+    model: SANE,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    preprocessing: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any],
+) -> None:
     with torch.device("meta"):
         whole = SANE(model.config)
     whole.load_state_dict(weights, assign=True)
-    whole.save_pretrained(folder, preprocessing=preprocessing)
+    whole.save_pretrained(folder, preprocessing=preprocessing, provenance=provenance)
 
 
 def _is_first() -> bool:

@@ -6,9 +6,9 @@ Looks at points that were reported anyway, so it costs nothing and is the same o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sane_ray.pretraining.progress import Point
 
@@ -43,17 +43,16 @@ class SpikeGuard:
         self.norms: list[float] = []
         self.unusable = 0
         """Steps without a finite gradient since the last with one."""
+        self.skipped = 0
+        """All steps without a finite gradient."""
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
-        return {"norms": self.norms, "unusable": self.unusable}
+        return {"norms": self.norms, "unusable": self.unusable, "skipped": self.skipped}
 
-    def restore(self, state: dict[str, object]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Takes over what ``state`` gave."""
-        norms, unusable = state.get("norms", []), state.get("unusable", 0)
-        assert isinstance(norms, Sequence)
-        assert isinstance(unusable, int)
-        self.norms, self.unusable = [float(norm) for norm in norms], unusable
+        self.norms, self.unusable, self.skipped = list(state["norms"]), state["unusable"], state["skipped"]
 
     def look(self, points: Iterable[Point]) -> list[Spike]:
         """Takes in the next steps; returns those that are spikes. A level that stays becomes the usual one."""
@@ -62,6 +61,7 @@ class SpikeGuard:
             norm = point["train/gradient_norm"]
             if not math.isfinite(norm):  # such a step changed nothing
                 self.unusable += 1
+                self.skipped += 1
                 continue
             self.unusable = 0
             usual = median(self.norms) if len(self.norms) >= ENOUGH else math.inf

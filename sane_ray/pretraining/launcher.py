@@ -130,14 +130,19 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
     _check_symmetry(job, store)
     if job.loss.behavior:
         check_behavior(store, job.loss, autoencoder.window)
-    plan, _ = plan_of_store(
-        store,
-        "train",
-        window=autoencoder.window,
-        batch_size=job.pretraining.batch_size,
-        pool_mb=job.pretraining.shuffle_mb,
-        seed=job.pretraining.seed,
-    )
+    windows = {split: windows_of_split(store, split, autoencoder.window) for split in ("train", "val")}
+    plans = {
+        split: plan_of_store(
+            store,
+            split,
+            window=autoencoder.window,
+            batch_size=job.pretraining.batch_size if split == "train" else 1,
+            pool_mb=job.pretraining.shuffle_mb,
+            seed=job.pretraining.seed,
+        )[0]
+        for split, count in windows.items()
+        if split == "train" or count > 0
+    }
     settings = _settings(job, autoencoder, store)
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     name = job.run_name or f"{store.path.name}-{identity}"
@@ -158,15 +163,20 @@ def plan_run(job: PretrainJob, store: TokenStore, storage: Path) -> Run:
             threads=1,
         ),
         output=output,
-        steps_per_epoch=plan.steps_per_epoch,
-        windows={split: windows_of_split(store, split, autoencoder.window) for split in ("train", "val")},
-        most_of_a_model=plan.most_of_a_model,
+        steps_per_epoch=plans["train"].steps_per_epoch,
+        windows=windows,
+        most_of_a_model=plans["train"].most_of_a_model,
     )
 
 
 def _settings(job: PretrainJob, autoencoder: AutoencoderConfig, store: TokenStore) -> dict[str, Any]:
     """All that changes the trained model; not how often a run looks at itself, nor where and how it is computed."""
-    pretraining = {name: value for name, value in to_dict(job.pretraining).items() if name not in FREE}
+    free = set(FREE)
+    if job.pretraining.on_spike == "rollback":  # what a spike costs depends on when it is looked for
+        free -= {"log_every", "validate_every", "checkpoint_every", "evaluate_every"}
+    if autoencoder.dropout > 0:
+        free -= {"micro_batch"}
+    pretraining = {name: value for name, value in to_dict(job.pretraining).items() if name not in free}
     return {
         "store": {"fingerprint": store.fingerprint},
         "autoencoder": to_dict(autoencoder),
@@ -189,6 +199,11 @@ def resolve_autoencoder(config: AutoencoderConfig, store: TokenStore) -> Autoenc
             f"config field autoencoder.token_size is {config.token_size}, but the tokens of {store.path} have "
             f"{store.token_size} values: set it to 0 or {store.token_size}, or prepare a store with "
             f"--tokens.token_size {config.token_size}"
+        )
+    if config.positions == "sinusoidal" and config.max_positions:
+        raise InputError(
+            f"config field autoencoder.max_positions is {config.max_positions}, but autoencoder.positions is "
+            "'sinusoidal', which has no tables: leave it empty"
         )
     if config.positions == "sinusoidal":
         return dataclasses.replace(config, token_size=store.token_size, max_positions=[])
@@ -234,10 +249,11 @@ def pretrain(run: Run, job: PretrainJob) -> Path:
         InputError: the run's name belongs to another config, the cluster is too small, or the loss diverged.
         TrainingFailedError: workers failed more often than ``cluster.max_failures``.
     """
+    if is_complete(run):
+        claim(run)
+        return run.output
     resources = preflight(job.cluster, run.memory, storage=run.storage)
     claim(run)
-    if is_complete(run):
-        return run.output
     with _tracked(run) as tracker:
         _fit(run, job, resources, tracker)
         report_run(run, tracker)

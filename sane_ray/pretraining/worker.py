@@ -7,18 +7,21 @@ MLflow and never decides an order.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from sane_ray.autoencoder.model import CONFIG_FILE
 from sane_ray.cluster import quieten
 from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig
 from sane_ray.errors import InputError
@@ -30,6 +33,7 @@ from sane_ray.pretraining.evaluation import Evaluations
 from sane_ray.pretraining.export import Export, export
 from sane_ray.pretraining.guard import MOST_UNUSABLE, Spike, SpikeGuard
 from sane_ray.pretraining.progress import Point, Progress
+from sane_ray.pretraining.state import TrainingState
 from sane_ray.pretraining.step import Trainer
 from sane_ray.pretraining.stream import WindowReader, fixed_batches, plan_of_store, stream, windows_of_split
 from sane_ray.tokens.store import TokenStore
@@ -46,8 +50,9 @@ EVALUATION_FOLDER = "evaluations"
 VALIDATION_SEED = 0
 """Seed of the fixed validation windows and of their permutations."""
 
-REPORT_SECONDS = 2.0
-"""Least time between reports that nothing hurries: Ray Train looks for them about so often, and a second one waits."""
+LOOK_SECONDS = 2.0
+"""About how often a run looks whether a node is to be taken away, and reports: Ray Train looks for reports about so
+often, and a second one waits."""
 
 LAST_EVALUATION_SECONDS = 120.0
 """How long the end of a run waits for an evaluation that is still under way."""
@@ -140,8 +145,13 @@ class _Loop:
             world_size=self.world_size,
         )
         self.guard = SpikeGuard(self.config.spike_factor)
-        self.best: Point = {}
-        self.rollbacks = 0
+        self.best = self._best_on_storage()
+        """Lowest validation loss of a model in ``BEST_FOLDER``."""
+        self.validated: Point = {}
+        """The last validation; with ``validate_every``, the end has its own."""
+        self.candidate: float | None = None
+        """Validation loss of a better one on its way there."""
+        self.spikes = self.rollbacks = 0
         self.preempted = False
         self.evaluations = (
             Evaluations(config.store, networks=self.config.evaluate_networks, seed=self.config.seed)
@@ -154,17 +164,20 @@ class _Loop:
         """Of steps that are not reported yet."""
         self.reported: deque[list[Point]] = deque(maxlen=3)
         """The last reports: a controller that dies may not have written them, so checkpoints carry them."""
-        self.reported_at = time.monotonic()
+        self.rewound_to: int | None = None
+        """Step that the next report tells to have gone back to."""
+        self.looked, self.next_look = (time.monotonic(), 0), 0
+        self.report_is_due = False
         self.batches: Generator[Batch, None, None] | None = None
 
     def close(self) -> None:
         """Ends the data stream and what is being written."""
-        if self.batches is not None:
-            self.batches.close()
-        self.checkpoints.close()
-        self.best_model.close()
-        if self.snapshot is not None:
-            self.snapshot[1].close()
+        with contextlib.ExitStack() as last:
+            if self.snapshot is not None:
+                last.callback(self.snapshot[1].close)
+            last.callback(self.best_model.close)
+            last.callback(self.checkpoints.close)
+            last.callback(self._end_stream)
 
     def run(self) -> dict[str, Any]:
         """From the last checkpoint to the last step; what the driver wants to know at the end."""
@@ -196,10 +209,10 @@ class _Loop:
     def _after_step(self) -> None:
         """Looks, reports and saves when it is time for it."""
         step = self.trainer.state.step
-        ended = step == self.total
+        notice = self._look()
         validating, saving = self._due(self.config.validate_every), self._due(self.config.checkpoint_every)
         evaluating = bool(self.config.evaluate_every) and self._due(self.config.evaluate_every)
-        if not (step % self.config.log_every == 0 or validating or saving or evaluating):
+        if not (step % self.config.log_every == 0 or validating or saving or evaluating or notice):
             return
         points = self.progress.points()
         spikes = self._judge(points)
@@ -210,13 +223,32 @@ class _Loop:
             self._validate()
         if evaluating:
             self._evaluate()
-        if saving or self._agreed(time.monotonic() - self.reported_at > REPORT_SECONDS):
+        if saving or notice or self.report_is_due:
             self._report()
-            if ended or self._is_preempted():
-                self.checkpoints.save(self._state())
-            elif saving:
-                self.checkpoints.begin(self._state())
+        if step == self.total or notice == "first":
+            self.checkpoints.save(self._state())
+        elif saving or notice:
+            self.checkpoints.begin(self._state())
         self.progress.restart()
+
+    def _look(self) -> Literal["", "first", "again"]:
+        """Whether a node of this run is about to be taken away, told every ``LOOK_SECONDS`` or so.
+
+        Looking takes all ranks, so they agree on the step at which they look next, by the clock of rank 0.
+        """
+        import ray.train
+
+        step = self.trainer.state.step
+        if step < self.next_look:
+            return ""
+        (then, before), now = self.looked, time.monotonic()
+        ahead = int(LOOK_SECONDS * (step - before) / max(now - then, 1e-3)) if step > before else 1
+        self.looked, self.next_look = (now, step), step + max(1, int(self._from_first(ahead)))
+        self.report_is_due = True
+        if ray.train.get_preemption_info() is None:
+            return ""
+        known, self.preempted = self.preempted, True
+        return "again" if known else "first"
 
     def _due(self, every: float) -> bool:
         """Every so many epochs, and at the very end."""
@@ -230,6 +262,7 @@ class _Loop:
             NotFinite: no step has had a usable gradient for long.
         """
         spikes = self.guard.look(points)
+        self.spikes += len(spikes)
         if self.guard.unusable >= MOST_UNUSABLE:
             self._raise_not_finite("train/gradient_norm", points[-1])
         for spike in spikes if self.rank == 0 else ():
@@ -241,7 +274,8 @@ class _Loop:
                 spike.usual,
             )
         if points:
-            points[-1] |= {"spikes": float(len(spikes)), "skipped_steps": float(len(self.trainer.state.skipped))}
+            left_out = len(self.trainer.state.skipped) + self.guard.skipped
+            points[-1] |= {"spikes": float(self.spikes), "skipped_steps": float(left_out)}
         return spikes
 
     def _roll_back(self, spikes: list[Spike]) -> bool:
@@ -253,11 +287,13 @@ class _Loop:
         if self.config.on_spike != "rollback" or self.rollbacks >= MOST_ROLLBACKS:
             return False
         self.checkpoints.finish()
-        known, rollbacks = state.skipped, self.rollbacks + 1
+        known, counts = state.skipped, (self.spikes, self.rollbacks + 1)
         if self._load() is None:
             return False
         state.skipped = sorted({*state.skipped, *known, *(spike.step - 1 for spike in spikes)})
-        self.rollbacks = rollbacks
+        self.spikes, self.rollbacks = counts
+        self.rewound_to = state.step
+        self.looked, self.next_look = (time.monotonic(), state.step), state.step
         self._end_stream()
         if self.rank == 0:
             _LOG.warning("going back to step %d; the batches of these steps are left out from now on", state.step)
@@ -273,13 +309,36 @@ class _Loop:
         """Adds the validation to the last point, and keeps the model if it is the best so far."""
         if not self.validation:
             return
-        measured = self.trainer.validate(self.validation)
+        self.validated = measured = self.trainer.validate(self.validation)
         self._last_point().update(measured)
         if not math.isfinite(measured["val/loss"]):
             self._raise_not_finite("val/loss", self._last_point())
-        if measured["val/loss"] < self.best.get("val/loss", math.inf):
-            self.best = {"step": self.trainer.state.step, "val/loss": measured["val/loss"]}
+        self._settle_best()
+        if measured["val/loss"] < self.best:
+            self.candidate = measured["val/loss"]
+            self._describe_model()
             self.best_model.begin(self.trainer.model)
+
+    def _settle_best(self) -> None:
+        """The better model is the best one when storage has it."""
+        if self.candidate is not None and self._from_first(self.best_model.finish()):
+            self.best = self.candidate
+        self.candidate = None
+
+    def _best_on_storage(self) -> float:
+        """Validation loss of the best model that this run has written so far; what is there is the truth."""
+        known = math.inf
+        if self.rank == 0:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                config = json.loads((self.folder / BEST_FOLDER / CONFIG_FILE).read_text(encoding="utf-8"))
+                known = config["provenance"]["val/loss"]
+        return self._from_first(known)
+
+    def _describe_model(self) -> None:
+        """Says in the model where it comes from."""
+        step = self.trainer.state.step
+        provenance = {"run": self.folder.name, "step": step, "epoch": step / self.steps_per_epoch}
+        self.trainer.model.provenance = provenance | self.validated
 
     def _last_point(self) -> Point:
         """The point of the step just made; a step that was left out has had none."""
@@ -290,8 +349,11 @@ class _Loop:
 
     def _evaluate(self) -> None:
         """Writes the model as it is, beside training, for an evaluation that ``_submit`` asks for."""
-        self._submit(wait=True)
         step = self.trainer.state.step
+        self._submit(wait=False)
+        if self._from_first(self.snapshot is not None):
+            _LOG.warning("step %d is not evaluated: the model before is still being written", step)
+            return
         self.snapshot = step, Export(self.folder / EVALUATION_FOLDER / f"step_{step:09d}", self.preprocessing)
         self.snapshot[1].begin(self.trainer.model)
 
@@ -303,22 +365,13 @@ class _Loop:
         if snapshot.close() and self.evaluations is not None:
             self.evaluations.submit(step, step / self.steps_per_epoch, snapshot.folder)
 
-    def _is_preempted(self) -> bool:
-        """Whether a node of this run is about to be taken away, the first time that this is known."""
-        import ray.train
-
-        if self.preempted or ray.train.get_preemption_info() is None:
-            return False
-        self.preempted = True
-        return True
-
-    def _agreed(self, wish: bool) -> bool:
-        """What rank 0 wants, on all ranks."""
+    def _from_first(self, value: float) -> float:
+        """What rank 0 has, on all ranks."""
         if self.world_size == 1:
-            return wish
-        flag = torch.tensor(int(wish))
-        dist.broadcast(flag, src=0)
-        return bool(flag)
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, src=0)
+        return shared.item()
 
     def _report(self) -> None:
         """Sends what was not reported yet to the controller."""
@@ -326,19 +379,19 @@ class _Loop:
 
         self._submit(wait=False)
         evaluations = self.evaluations.collect() if self.evaluations is not None else []
-        ray.train.report({"history": self.points, "evaluations": evaluations})
+        ray.train.report({"history": self.points, "evaluations": evaluations, "rewound_to": self.rewound_to})
         self.reported.append(self.points)
-        self.points = []
-        self.reported_at = time.monotonic()
+        self.points, self.rewound_to, self.report_is_due = [], None, False
 
-    def _state(self) -> Any:
+    def _state(self) -> TrainingState:
         """The state to save, with all that a resumed run must know."""
         state = self.trainer.state
         state.extra = {
             "ledger": self.reader.plan.ledger(state.step),
             "precision": str(self.trainer.precision),
             "guard": self.guard.state(),
-            "best": self.best,
+            "validated": self.validated,
+            "spikes": self.spikes,
             "rollbacks": self.rollbacks,
             "history": [point for report in self.reported for point in report],
         }
@@ -346,6 +399,8 @@ class _Loop:
 
     def _resume(self) -> None:
         """Goes on from the newest checkpoint, and reports again what the controller may have missed."""
+        if self.rank == 0:  # what workers that died had not evaluated
+            shutil.rmtree(self.folder / EVALUATION_FOLDER, ignore_errors=True)
         if self._load() is None:
             return
         self.points = self.trainer.state.extra["history"]
@@ -366,14 +421,15 @@ class _Loop:
         if extra["precision"] != str(self.trainer.precision) and self.rank == 0:
             _LOG.warning("the run began in %s and goes on in %s", extra["precision"], self.trainer.precision)
         self.guard.restore(extra["guard"])
-        self.best, self.rollbacks = extra["best"], extra["rollbacks"]
+        self.validated, self.spikes, self.rollbacks = extra["validated"], extra["spikes"], extra["rollbacks"]
         self.points = []
         return step
 
     def _finish(self) -> None:
         """Writes the finished model, and waits a while for an evaluation that is still under way."""
+        self._settle_best()
+        self._describe_model()
         export(self.trainer.model, self.folder / MODEL_FOLDER, self.preprocessing)
-        self.best_model.finish()
         self._submit(wait=True)
         if self.evaluations is not None:
             self.evaluations.wait(LAST_EVALUATION_SECONDS)

@@ -35,9 +35,9 @@ def test_the_usual_follows_the_last_steps_only():
 def test_steps_without_a_finite_gradient_are_counted_until_one_has_it():
     guard = SpikeGuard(10.0)
     guard.look(points([1.0, math.nan, math.inf]))
-    assert (guard.unusable, guard.norms) == (2, [1.0])
+    assert (guard.unusable, guard.skipped, guard.norms) == (2, 2, [1.0])
     guard.look(points([1.0]))
-    assert guard.unusable == 0
+    assert (guard.unusable, guard.skipped) == (0, 2)
 
 
 def test_a_restored_guard_judges_as_the_one_that_was_saved():
