@@ -1,6 +1,10 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -168,13 +172,16 @@ def test_bfloat16_attention_on_the_cpu_trains_as_the_exact_one():
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
     direction = torch.randn(2, 3, 9, 16)
     expected = F.scaled_dot_product_attention(*exact)
-    found = attend(*rounded, 0.0)
+    found = attend(*rounded, 0.0, training=True)
     (expected * direction).sum().backward()
     (found.float() * direction).sum().backward()
     torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
     for tensor, reference in zip(rounded, exact, strict=True):
         torch.testing.assert_close(tensor.grad.float(), reference.grad, atol=0.06, rtol=0.06)
-    assert (attend(*rounded, 0.999) == 0).float().mean() > 0.5
+    with torch.no_grad():
+        assert torch.equal(attend(*rounded, 0.0, training=True), found)
+    assert torch.equal(attend(*rounded, 0.999, training=False), F.scaled_dot_product_attention(*rounded))
+    assert (attend(*rounded, 0.999, training=True) == 0).float().mean() > 0.5
 
 
 def test_dropout_acts_in_training_only():
@@ -274,6 +281,47 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(tmp_path):
         SANE(CONFIG, seed=2).save_pretrained(tmp_path / "model", {"table": {1, 2}})
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert torch.equal(SANE.from_pretrained(tmp_path / "model").token_in.weight, SANE(CONFIG, seed=1).token_in.weight)
+
+
+def save_and_be_killed(folder, before):
+    """Saves a second model in a process that is killed just before it does what ``before`` names."""
+    events = iter(["os.rename", "os.rename", "shutil.rmtree"][:before])
+    wanted = next(events)
+
+    def kill(event, _):
+        nonlocal wanted
+        if event == wanted and (wanted := next(events, "")) == "":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+    SANE(CONFIG, seed=2).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("before", [1, 2, 3], ids=["the old one is moved", "the new one is moved", "the old one goes"])
+def test_a_save_that_is_killed_loses_no_model_and_its_traces_go_with_the_next_save(tmp_path, caplog, before):
+    folder, others = (
+        tmp_path / "model",
+        [".model.01234567.bak", ".model.0123", ".models.01234567", ".model.89abcdef.old"],
+    )
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / others[-1] / "notes.txt").write_text("keep")
+    SANE(CONFIG, seed=1).save_pretrained(folder)
+    process = multiprocessing.get_context("fork").Process(target=save_and_be_killed, args=(folder, before))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert folder.is_dir() == (before != 2)
+    assert len(list(tmp_path.iterdir())) == len(others) + 2
+    there = SANE.from_pretrained(folder)
+    assert torch.equal(there.token_in.weight, SANE(CONFIG, seed=2 if before == 3 else 1).token_in.weight)
+    assert ("is missing" in caplog.text) == (before == 2)
+    broken = SANE(CONFIG, seed=3)
+    broken.token_in.weight = torch.nn.Parameter(broken.token_in.weight.to("meta"))
+    with pytest.raises(Exception, match=r"meta"):
+        broken.save_pretrained(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "model"])
+    assert torch.equal(SANE.from_pretrained(folder).token_in.weight, there.token_in.weight)
 
 
 def edit_config(folder, **changes):

@@ -1,9 +1,11 @@
 """A small training shared by one process and by several: same config, same global batches."""
 
+from dataclasses import fields
+
 import torch
 
 from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig
-from sane_ray.pretraining.batch import FILLER, Batch, concatenate
+from sane_ray.pretraining.batch import FILLER, Batch
 from sane_ray.pretraining.state import whole_model
 from sane_ray.pretraining.step import Trainer
 
@@ -16,6 +18,7 @@ SETTINGS = {
     "recomputed": {"activation_checkpointing": True, "sharding": "none", "loss": {"behavior": 0.2}},
     "kept": {"reshard": False, "loss": {"contrast": "none"}},
     "bfloat16": {"precision": "bfloat16", "learning_rate": 1e-3},
+    "bfloat16_micro": {"precision": "bfloat16", "learning_rate": 1e-3, "micro_batch": 2},
     "node": {"sharding": "node", "micro_batch": 1, "activation_checkpointing": True},
 }
 """Configurations that several processes are compared with one in, by name."""
@@ -65,6 +68,11 @@ def filler(count):
         tokens, tokens, torch.zeros(count, W, dtype=torch.int32), torch.zeros(count, W, 3, dtype=torch.int32),
         number, number,
     )  # fmt: skip
+
+
+def concatenate(batches):
+    """The rows of several batches as one."""
+    return Batch(**{f.name: torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(Batch)})
 
 
 def share(batch, rank, world_size):
