@@ -10,7 +10,7 @@ from checkpoint_training import export_sharded, in_ranks, make_autoencoder
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.errors import InputError
-from sane_ray.pretraining.export import Export, export
+from sane_ray.pretraining.export import Export, apart_from, export
 
 PREPROCESSING = {"token_size": 7, "architectures": {}}
 
@@ -48,6 +48,15 @@ def test_training_does_not_change_what_is_being_exported(tmp_path):
                 parameter.add_(1)
         best.finish()
         assert same(before, weights_in(tmp_path / "best"))
+
+
+def test_what_was_gathered_is_not_copied_again():
+    model = make_autoencoder()
+    live, gathered = model.state_dict(), {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert all(weight is gathered[name] for name, weight in apart_from(model, gathered).items())
+    copies = apart_from(model, live)
+    assert same(live, copies)
+    assert all(copies[name].data_ptr() != weight.data_ptr() for name, weight in live.items())
 
 
 def test_storage_that_is_away_costs_one_best_model_and_ends_the_last_with_its_name(tmp_path, caplog):
