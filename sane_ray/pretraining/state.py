@@ -2,7 +2,8 @@
 
 The state has two parts. Its tensors are sharded like the model and go into torch's distributed checkpoints, each rank
 its own shards; any number of ranks can read them. Everything else is plain JSON (``record``), so that nothing of a
-checkpoint needs to be unpickled. Order, windows, permutations and noise are functions of (seed, step), not state.
+checkpoint needs to be unpickled. Order, windows, permutations, noise and dropout are functions of seed and step, not
+state; the random generators are kept all the same, for code beside the trainer that draws from them.
 Never gathers a whole model on one rank, except to export one.
 """
 
