@@ -230,7 +230,8 @@ class AutoencoderConfig:
     """How places are embedded: `learned` tables (as published), or `sinusoidal`, which take any architecture's."""
 
     dropout: float = 0.0
-    """Dropout after the position embedding and in the blocks."""
+    """Dropout after the position embedding and in the blocks. What is dropped depends on the number of workers and on
+    pretraining.micro_batch: with dropout, other values of these give a run that is as good, but not the same."""
 
     projection_dim: int = 30
     """Size of the projection that the contrastive loss compares."""
@@ -295,6 +296,11 @@ class LossConfig:
         _check(self.query_count > 0, "loss.query_count", self.query_count, "must be at least 1")
         _check(self.temperature > 0, "loss.temperature", self.temperature, "must be positive")
 
+    @property
+    def views(self) -> int:
+        """Views of each window that are computed: the first alone where nothing compares two, nor asks both."""
+        return 1 if self.contrast == "none" and self.behavior == 0 else 2
+
 
 @dataclass(kw_only=True, frozen=True)
 class AugmentationConfig:
@@ -329,11 +335,11 @@ class PretrainingConfig:
     """Passes over the training windows."""
 
     batch_size: int = 32
-    """Windows in a global batch, over all workers; any number of workers computes the same."""
+    """Windows in a global batch, over all workers; any number of workers computes the same (but for dropout)."""
 
     micro_batch: int = 0
     """Windows that a worker computes at once; 0 takes its whole share. Less needs less memory and some more time; the
-    loss and its gradients stay those of the global batch."""
+    loss and its gradients stay those of the global batch. With autoencoder.dropout, other pieces drop other values."""
 
     learning_rate: float = 1e-4
     """Peak of the OneCycle schedule."""
@@ -378,14 +384,16 @@ class PretrainingConfig:
     """Steps between reports to MLflow; every step's loss is kept."""
 
     validate_every: float = 5.0
-    """Epochs between validations (0.1: ten in an epoch); the end is always validated."""
+    """Epochs between validations, about, since they are rounded to whole steps (0.1: ten in an epoch); the end is
+    always validated."""
 
     validation_windows: int = 512
     """Windows of the fixed validation set, held in memory."""
 
     checkpoint_every: float = 5.0
-    """Epochs between checkpoints (0.1: ten in an epoch); the end always writes one. They are written beside training: a
-    crash costs at most the steps of two such intervals, an announced preemption none."""
+    """Epochs between checkpoints, about, since they are rounded to whole steps (0.1: ten in an epoch); the end always
+    writes one. They are written beside training: a crash costs at most the steps of two such intervals, an announced
+    preemption none."""
 
     checkpoints_kept: int = 2
     """Checkpoints that stay on disk, at least 2: one could be damaged."""
@@ -414,9 +422,7 @@ class PretrainingConfig:
             _check(getattr(self, name) > 0, f"pretraining.{name}", getattr(self, name), "must be positive")
         for name in ("evaluate_every", "micro_batch"):
             _check(getattr(self, name) >= 0, f"pretraining.{name}", getattr(self, name), "must not be negative")
-        _check(
-            self.checkpoints_kept >= 2, "pretraining.checkpoints_kept", self.checkpoints_kept, "must be at least 2"
-        )
+        _check(self.checkpoints_kept >= 2, "pretraining.checkpoints_kept", self.checkpoints_kept, "must be at least 2")
         _check(self.spike_factor > 1, "pretraining.spike_factor", self.spike_factor, "must be greater than 1")
         _check(self.seed >= 0, "pretraining.seed", self.seed, "must not be negative")
         _check(self.learning_rate > 0, "pretraining.learning_rate", self.learning_rate, "must be positive")

@@ -26,6 +26,13 @@ STATE_BYTES = 3 * FLOAT32
 PROCESS_BYTES = 0.7e9
 """Resident memory of a worker before it trains: Python, torch, Ray and pyarrow."""
 
+BEHAVIOR_BYTES = 2.5e5
+"""Inner values of a network for one query of the behavioural loss, gradients included: of the small CNNs that it is
+for, on 32 x 32 pixels. A guess: preflight does not know the zoo's networks."""
+
+NETWORKS_AT_ONCE = 16
+"""That the behavioural loss runs together; see pretraining/behavior.py."""
+
 UPDATE_BYTES = 7 * FLOAT32
 """Memory traffic of AdamW for each parameter: weight, gradient and two moments read, all but the gradient written."""
 
@@ -108,6 +115,8 @@ class StateBytes:
     """Whether gradients of one micro-batch wait while the next is computed."""
     staging: float
     """Copy of weights and moments in host memory, from which checkpoints are written beside training."""
+    exported: float
+    """Copy of the whole weights that rank 0 writes as a model folder, in host memory, shared out over its node."""
     host: float
     """Process and data stream, in host memory."""
 
@@ -124,7 +133,7 @@ class StateBytes:
     @property
     def in_host(self) -> float:
         """Beside the device, in the memory of the node."""
-        return self.staging + self.host
+        return self.staging + self.exported + self.host
 
     def __str__(self) -> str:
         """The large ones first, such as `activations 12.0 GB, optimizer 7.0 GB`."""
@@ -147,14 +156,18 @@ class MemoryNeed:
 
     @property
     def views(self) -> int:
-        """Views of each window in a batch."""
-        return 1 if self.loss.contrast == "none" else 2
+        """Views of each window that are computed."""
+        return self.loss.views
 
     def on(self, placement: Placement) -> StateBytes:
         """Bytes of a worker there.
 
         Per parameter of a shard: 4 for itself, 4 for its gradient, 8 for the moments. Several workers gather what
         ``gathered_bytes`` says; on one, autocast keeps a bfloat16 copy of all weights with the activations.
+
+        The stream is counted with two pools of ``pretraining.shuffle_mb``: as stored, and as one view permutes it. The
+        worst case, eight times as much, is left out: the plan makes pools that large only where batches would else hold
+        several windows of one network, which the store decides. Of several workers each holds its part of a pool.
         """
         training, size = self.pretraining, model_size(self.autoencoder)
         shards = shards_of(training, placement.workers, placement.per_node)
@@ -173,7 +186,8 @@ class MemoryNeed:
             working=self._working(rows, micro, placement, bfloat16),
             accumulating=micro < rows,
             staging=STATE_BYTES * shard,
-            host=PROCESS_BYTES + training.shuffle_mb * 1e6,
+            exported=FLOAT32 * size.parameters / min(placement.workers, placement.per_node),
+            host=PROCESS_BYTES + 2 * training.shuffle_mb * 1e6,
         )
 
     def _activations(self, windows: int, placement: Placement, bfloat16: bool) -> float:
@@ -190,15 +204,19 @@ class MemoryNeed:
         """The batch in both formats and the targets of all rows; of a micro-batch, what losses or a block need.
 
         Losses hold outputs, errors, squares and the sums of the explained variance, 24 bytes for each value; the
-        contrastive one compares all rows of the worker with all of the global batch. The backward pass of a block holds
+        contrastive one compares all rows of the worker with all of the global batch; the behavioural one holds the
+        tokens' originals and gradients, and what ``BEHAVIOR_BYTES`` guesses. The backward pass of a block holds
         gradients around its widest part, and with activation checkpointing all that its forward pass kept.
         """
         config = self.autoencoder
         row_tokens = self.views * config.window
         batch = rows * row_tokens * config.token_size * 14
-        losses = micro * row_tokens * config.token_size * 24
-        if self.views == 2:
+        losses: float = micro * row_tokens * config.token_size * 24
+        if self.loss.contrast != "none":
             losses += 4 * FLOAT32 * (2 * rows) * (2 * rows * placement.workers)
+        if self.loss.behavior:
+            networks = min(NETWORKS_AT_ONCE, self.views * micro)
+            losses += micro * row_tokens * config.token_size * 8 + networks * self.loss.query_count * BEHAVIOR_BYTES
         block: float = config.d_model * (4 * (BFLOAT16 if bfloat16 else FLOAT32) + 2 * FLOAT32)
         if self.pretraining.activation_checkpointing:
             block += block_bytes_per_token(config, bfloat16=bfloat16, gpu=placement.gpu)
@@ -372,7 +390,8 @@ def step_on_paper(
     memory = MemoryNeed(config, training, need.loss).on(placement)
     shards, nodes = shards_of(training, gpus, placement.per_node), -(-gpus // per_node)
     pieces = -(-windows // min(training.micro_batch or windows, windows))
-    again = pieces > 1 and need.views == 2  # micro-batches: the contrastive loss needs all projections beforehand
+    contrasting = need.loss.contrast != "none"
+    again = pieces > 1 and contrasting  # micro-batches: the contrastive loss needs all projections beforehand
     passes = (2 if training.reshard else 1) + (0.5 if again else 0)
     blocks = (BFLOAT16 if bfloat16 else FLOAT32) * size.blocks * size.block * passes
     weights = pieces * (blocks + FLOAT32 * size.root)
@@ -380,7 +399,7 @@ def step_on_paper(
     replicas = gpus // shards
     across = 2 * (replicas - 1) / replicas * gradients / shards
     contrast = 0.0
-    if need.views == 2:
+    if contrasting:
         contrast = 3 * (gpus - 1) / gpus * 2 * windows * gpus * config.projection_dim * FLOAT32
     crossing = _crossing(nodes, placement.per_node, shards, weights + gradients, across)
     flops = need.views * windows * config.window * size.flops_per_token

@@ -1,7 +1,8 @@
 """One optimisation step and one validation pass: plain torch, no Ray, the same on one rank or many.
 
 N ranks compute what one does with all their rows: a global batch's losses, gradients and updates do not depend on how
-many share it, how they are sharded, or in how many pieces each computes its rows. Only dropout depends on the rank.
+many share it, how they are sharded, or in how many pieces each computes its rows. Only dropout does: what is dropped
+depends on the rank and on the piece that a row is computed in.
 
 Shape suffixes: b rows of this rank (windows, perhaps followed by filler), n = b or 2 b rows when views lie one after
 the other, m rows of a piece, W tokens of a window, T values of a token, P values of a projection, L of an embedding.
@@ -106,7 +107,7 @@ class Trainer:
 
         Args:
             autoencoder: resolved shape of the model (token size and position tables set).
-            loss: weights and denominators; without contrast only the first view of each window is computed.
+            loss: weights and denominators, and how many views of each window are computed.
             augmentation: noise of the views.
             pretraining: optimiser, schedule, clipping, precision, seed, and how it is computed.
             steps: length of the learning-rate cycle.
@@ -122,8 +123,8 @@ class Trainer:
         self.loss, self.augmentation, self.pretraining = loss, augmentation, pretraining
         self.device, self.rank, self.world_size = device, rank, world_size
         self.behavior = behavior if loss.behavior > 0 else None
-        self.views = 1 if loss.contrast == "none" and self.behavior is None else 2
-        """Views of a window that are computed: the first alone where nothing compares two."""
+        self.views = loss.views
+        """Views of a window that are computed."""
         self.precision = choose_precision(pretraining.precision, device)
         with torch.device("meta"):  # no rank ever holds the whole model
             self.model = TrainedSANE(autoencoder)
@@ -289,7 +290,7 @@ class Trainer:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _seed_dropout(self, number: int) -> None:
-        """So that a resumed run drops what an uninterrupted one would have dropped; it may depend on the rank."""
+        """So that a resumed run drops what an uninterrupted one would have; it depends on the rank and the piece."""
         torch.manual_seed(_seed_of_piece(self.pretraining.seed, self.state.step, self.rank, number))
 
     def _windows_of_all(self, views: Views) -> Tensor:

@@ -8,7 +8,9 @@ from sane_ray.autoencoder.model import SANE
 from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig
 from sane_ray.hardware import device_of
 from sane_ray.pretraining.batch import Batch
+from sane_ray.pretraining.behavior import _ROWS_AT_ONCE
 from sane_ray.pretraining.scaling import (
+    NETWORKS_AT_ONCE,
     MemoryNeed,
     ModelSize,
     Placement,
@@ -31,8 +33,8 @@ ONE = Placement(1, 1, gpu=False)
 H200 = device_of("NVIDIA H200")
 
 
-def need_of(autoencoder=SMALL, *, contrast="simclr", **pretraining):
-    return MemoryNeed(autoencoder, PretrainingConfig(**pretraining), LossConfig(contrast=contrast))
+def need_of(autoencoder=SMALL, *, contrast="simclr", behavior=0.0, **pretraining):
+    return MemoryNeed(autoencoder, PretrainingConfig(**pretraining), LossConfig(contrast=contrast, behavior=behavior))
 
 
 @pytest.mark.parametrize("autoencoder", [SMALL, dataclasses.replace(SMALL, positions="sinusoidal", max_positions=[])])
@@ -136,6 +138,40 @@ def test_one_view_needs_half_of_two():
     assert need_of(contrast="none").views == 1
     two = need_of(precision="float32").on(ONE).activations
     assert need_of(precision="float32", contrast="none").on(ONE).activations == two / 2
+
+
+@pytest.mark.parametrize("contrast", ["simclr", "none"])
+@pytest.mark.parametrize("behavior", [0.0, 0.1])
+def test_memory_is_counted_for_the_views_that_are_trained(contrast, behavior):
+    need = need_of(contrast=contrast, behavior=behavior)
+    trainer = Trainer(
+        SMALL, need.loss, AugmentationConfig(), need.pretraining, steps=10, device=torch.device("cpu"),
+        behavior=lambda reconstructed, batch, step: reconstructed.sum((1, 2)),
+    )  # fmt: skip
+    assert need.views == trainer.views
+
+
+def test_the_behavioural_loss_takes_memory_but_sends_nothing():
+    without, asked = (need_of(contrast=contrast, behavior=b) for contrast, b in [("simclr", 0.0), ("none", 0.1)])
+    assert NETWORKS_AT_ONCE == _ROWS_AT_ONCE
+    assert asked.on(ONE).activations == without.on(ONE).activations
+    assert asked.on(ONE).working > without.on(ONE).working + 16 * 256 * 2e5
+    step = step_on_paper(asked, H200, 8, windows=4)
+    assert step.contrast == 0
+    assert step.flops == step_on_paper(without, H200, 8, windows=4).flops
+
+
+def test_host_memory_holds_checkpoint_export_process_and_stream():
+    need, parameters = need_of(shuffle_mb=100.0, sharding="none"), model_size(SMALL).parameters
+    alone, of_four = need.on(ONE), need.on(Placement(8, 4, gpu=True))
+    assert alone.in_host == 12 * parameters + 4 * parameters + 0.7e9 + 200e6
+    assert 4 * of_four.exported == alone.exported  # rank 0 alone writes the model
+
+
+def test_the_defaults_fit_a_laptop():
+    need = need_of(AutoencoderConfig(token_size=96, max_positions=[500, 20, 100]))
+    bytes_of = need.on(ONE)
+    assert bytes_of.device + bytes_of.in_host < 3e9
 
 
 def test_precision_follows_the_device_where_it_is_automatic():
