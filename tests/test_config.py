@@ -76,9 +76,28 @@ def test_a_run_name_is_the_name_of_a_folder(name):
     assert PretrainJob(run_name="digits-2.1_b").run_name == "digits-2.1_b"
 
 
-def test_a_batch_is_shared_out_evenly():
-    with pytest.raises(InputError, match=r"pretraining\.batch_size is 32: .*cluster\.num_workers = 5"):
-        PretrainJob(cluster=ClusterConfig(num_workers=5))
+def test_every_worker_has_a_window_of_a_batch():
+    assert PretrainJob(cluster=ClusterConfig(num_workers=5)).pretraining.batch_size == 32
+    with pytest.raises(InputError, match=r"pretraining\.batch_size is 32: .*at least cluster\.num_workers = 33"):
+        PretrainJob(cluster=ClusterConfig(num_workers=(2, 33)))
+
+
+@pytest.mark.parametrize("num_workers", [0, (4, 2), (0, 2)])
+def test_a_pair_of_workers_is_the_least_and_the_most(num_workers):
+    with pytest.raises(InputError, match=r"cluster\.num_workers is .*a pair \[least, most\]"):
+        ClusterConfig(num_workers=num_workers)
+    config = ClusterConfig(num_workers=(2, 4))
+    assert (config.min_workers, config.max_workers) == (2, 4)
+    assert (ClusterConfig(num_workers=3).min_workers, ClusterConfig(num_workers=3).max_workers) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("checkpoints_kept", 1), ("micro_batch", -1), ("checkpoint_every", 0.0), ("spike_factor", 1.0)],
+)
+def test_values_that_training_cannot_use_are_refused(field, value):
+    with pytest.raises(InputError, match=rf"pretraining\.{field} is {value}: must"):
+        PretrainingConfig(**{field: value})
 
 
 def test_the_published_presets_have_the_published_sizes():
