@@ -102,7 +102,7 @@ def parts_of(plan: Plan, epochs: int, first_step: int) -> list[Part]:
 
 @dataclass(frozen=True)
 class WindowReader:
-    """Reads pools of row groups and cuts the windows that one worker trains on, both views of each."""
+    """Reads pools of row groups and cuts the windows that one worker trains on, in one view or both."""
 
     store: Path
     plan: Plan
@@ -110,6 +110,8 @@ class WindowReader:
     augmentation: AugmentationConfig
     rank: int
     world_size: int
+    views: int = 2
+    """How many views of a window are computed; of 1, the second is not sent, and a batch's is the first."""
 
     @property
     def rows(self) -> int:
@@ -144,11 +146,10 @@ class WindowReader:
                 share = self.plan.share(
                     part.epoch, pool, rank=self.rank, world_size=self.world_size, first_step=first_step
                 )
-                kept = ~np.isin(share.step + begin, list(skip))
-                yield from self._read_pool(store, part.epoch, Windows(*(column[kept] for column in share)))
+                yield from self.cut(store, part.epoch, _where(~np.isin(share.step + begin, list(skip)), share))
 
-    def _read_pool(self, store: TokenStore, epoch: int, share: Windows) -> Iterator[Columns]:
-        """Reads the row groups that this worker needs of a pool, and no other."""
+    def cut(self, store: TokenStore, epoch: int, share: Windows) -> Iterator[Columns]:
+        """Blocks of these windows of a pool: reads the row groups that they are cut from, and no other."""
         wanted = set(share.segment.tolist())
         found: dict[int, _Tokens] = {}
         for group in self.plan.groups_of(share):
@@ -157,13 +158,13 @@ class WindowReader:
             found |= {number: self._tokens(store, epoch, *one) for number, one in numbered if number in wanted}
         size = self.steps_a_block(store) * self.rows
         for begin in range(0, len(share.step), size):
-            yield self._cut(store, found, Windows(*(column[begin : begin + size] for column in share)))
+            yield self._block(store, found, Windows(*(column[begin : begin + size] for column in share)))
 
     @property
     def _kinds(self) -> tuple[str, str | None]:
-        """Of the two views; the second is None where it is the same as the first."""
+        """Of the two views; the second is None where it is the same as the first, or nobody computes it."""
         view_1, view_2 = self.augmentation.view_1, self.augmentation.view_2
-        return view_1, None if view_1 == view_2 == "canonical" else view_2
+        return view_1, None if self.views == 1 or view_1 == view_2 == "canonical" else view_2
 
     def _tokens(self, store: TokenStore, epoch: int, segment: Segment, values_NT: NDArray[Any]) -> _Tokens:
         """A segment as both views show it. A part of a checkpoint has not all the channels that would change places."""
@@ -173,7 +174,7 @@ class WindowReader:
         movers = tuple(mover if kind == "permuted" else None for kind in self._kinds)
         return _Tokens(segment, architecture.table, values_NT, movers, (self.plan.seed, self.augmentation.seed, epoch))
 
-    def _cut(self, store: TokenStore, found: Mapping[int, _Tokens], windows: Windows) -> Columns:
+    def _block(self, store: TokenStore, found: Mapping[int, _Tokens], windows: Windows) -> Columns:
         """One block: contiguous arrays, each value written once."""
         B, W = len(windows.slot), self.plan.window
         views = ["view_1"] + ["view_2"] * (self._kinds[1] is not None)
@@ -366,16 +367,23 @@ def _ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def fixed_batches(reader: WindowReader, batches: int) -> list[Batch]:
-    """This worker's part of the first ``batches`` global batches of the plan's epoch 0, read at once into memory."""
+    """This worker's part of the first ``batches`` global batches of the plan's epoch 0, read at once into memory.
+
+    Only the row groups that they are cut from are read, by every worker at every start.
+    """
     store = TokenStore.open(reader.store)
-    dtype = _DTYPES[store.dtype]
+    dtype, plan = _DTYPES[store.dtype], reader.plan
     found: list[Batch] = []
-    for columns in reader.read(store, Part(0, 0, reader.plan.num_pools)):
-        whole = to_batch(columns, dtype)
-        found += [whole.rows(begin, begin + reader.rows) for begin in range(0, len(whole), reader.rows)]
-        if len(found) >= batches:
-            break
-    return found[:batches]
+    for pool in (pool for pool in plan.pools(0) if pool.first_step < batches):
+        share = plan.share(0, pool, rank=reader.rank, world_size=reader.world_size)
+        for columns in reader.cut(store, 0, _where(share.step < batches, share)):
+            whole = to_batch(columns, dtype)
+            found += [whole.rows(begin, begin + reader.rows) for begin in range(0, len(whole), reader.rows)]
+    return found
+
+
+def _where(kept: NDArray[np.bool_], windows: Windows) -> Windows:
+    return Windows(*(column[kept] for column in windows))
 
 
 def to_batch(columns: Columns, dtype: torch.dtype, pin: bool = False) -> Batch:

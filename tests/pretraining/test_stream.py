@@ -10,9 +10,10 @@ import torch
 from sane_ray.config import AugmentationConfig, TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.pretraining.batch import FILLER
-from sane_ray.pretraining.plan import Plan
+from sane_ray.pretraining.plan import Plan, Windows
 from sane_ray.pretraining.stream import (
     MOST_ITEMS,
+    Part,
     WindowReader,
     fixed_batches,
     parts_of,
@@ -199,6 +200,32 @@ def test_windows_are_counted_by_split(store):
 def test_fixed_batches_are_the_first_of_the_stream(store):
     reader = make_reader(store, AugmentationConfig(), rank=1, world_size=4)
     assert_equal(fixed_batches(reader, 3), read(reader, store)[:3])
+
+
+@pytest.mark.parametrize("pool_mb", [256.0, 0.003])
+def test_fixed_batches_need_no_row_group_of_later_steps(scattered, tmp_path, pool_mb):
+    store = TokenStore.open(shutil.copytree(scattered.path, tmp_path / "store"))
+    reader = make_reader(store, AugmentationConfig(), batch_size=3, pool_mb=pool_mb)
+    expected = read(reader, store)[:1]
+    share = reader.plan.share(0, reader.plan.pools(0)[0], rank=0, world_size=1)
+    needed = reader.plan.groups_of(Windows(*(column[share.step < 1] for column in share)))
+    assert 0 < len(needed) < len(reader.groups)
+    for number in set(range(len(reader.groups))) - set(needed):
+        file = store.path / reader.groups[number].file
+        file.write_bytes(bytes(file.stat().st_size))  # reading it would fail at once
+    assert_equal(fixed_batches(reader, 1), expected)
+
+
+@pytest.mark.parametrize("kinds", [("permuted", "permuted"), ("canonical", "permuted")])
+def test_a_second_view_that_nobody_computes_is_not_sent(store, kinds):
+    both = make_reader(store, AugmentationConfig(view_1=kinds[0], view_2=kinds[1], seed=3))
+    one = replace(both, views=1)
+    assert "view_2" in next(both.read(store, Part(0, 0, 1)))
+    assert "view_2" not in next(one.read(store, Part(0, 0, 1)))
+    assert one.bytes_a_row(store) < both.bytes_a_row(store)
+    batches = read(one, store)
+    assert all(batch.view_2 is batch.view_1 for batch in batches)
+    assert all(torch.equal(a.view_1, b.view_1) for a, b in zip(batches, read(both, store), strict=True))
 
 
 def test_the_work_of_many_epochs_of_many_pools_is_a_short_list():
