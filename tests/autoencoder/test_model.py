@@ -277,7 +277,7 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(tmp_path):
     broken.token_in.weight = torch.nn.Parameter(broken.token_in.weight.to("meta"))
     with pytest.raises(Exception, match=r"meta"):
         broken.save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match=r"preprocessing cannot be written to .*config.json"):
+    with pytest.raises(InputError, match=r"preprocessing or provenance cannot be written to .*config.json"):
         SANE(CONFIG, seed=2).save_pretrained(tmp_path / "model", {"table": {1, 2}})
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert torch.equal(SANE.from_pretrained(tmp_path / "model").token_in.weight, SANE(CONFIG, seed=1).token_in.weight)
