@@ -85,10 +85,13 @@ def held_out(store: TokenStore, count: int, seed: int = 0) -> list[int]:
     """Ordinals of networks to evaluate on: always the same for the same seed.
 
     Half of them are the latest checkpoints of as many models, the other half a spread over the earlier epochs. They
-    come from the validation split; from the test split where that is empty, and else from the training split.
+    come from the validation split; from the test split where that is empty, and else, with a warning, from the training
+    split.
     """
     splits = np.array(store.models["split"].to_pylist())
     split = next(name for name in ("val", "test", "train") if (splits == name).any())
+    if split == "train":
+        _LOG.warning("the store has no networks but those of the training split: accuracy is not of held-out ones")
     candidates = np.random.default_rng((seed, _STREAM)).permutation(np.flatnonzero(splits == split))
     epochs = np.array([epoch or 0 for epoch in store.models["epoch"].take(candidates).to_pylist()])
     by_epoch = np.argsort(epochs, kind="stable")

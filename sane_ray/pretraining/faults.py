@@ -42,13 +42,20 @@ from sane_ray.errors import InputError
 Result = TypeVar("Result")
 
 FAULT_MESSAGES = re.compile(
-    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|socket|connectFullMesh|timed? ?out|timeout"
-    r"|NCCL error|NCCL communicator was aborted|peer|unhandled system error|remote process exited"
-    r"|uncorrectable ECC|hardware stack error|unspecified launch failure|CUDA error: unknown error"
-    r"|device(\(s\))? is (lost|busy or unavailable)|no longer available|fell off the bus|nvlink",
+    r"\bconnection (was |is )?(likely )?(closed|reset|refused|aborted|timed out)\b|\bbroken pipe\b|\bpair closure\b"
+    r"|\bsocket\b.* (failed|timed out|closed|shut ?down)\b|\bsocket timeout\b|\bconnectFullMesh failed\b"
+    r"|\btimed out (after|waiting|connecting|in monitoredBarrier)\b|\boperation timed out\b|\btimeout waiting\b"
+    r"|\b(wait|connect|read|write|barrier|collective operation) timeout\b"
+    r"|\bNCCL error\b|\bNCCL communicator was aborted\b|\bunhandled system error\b|\bremote process exited\b"
+    r"|\buncorrectable (ECC|NVLink) error\b|\bhardware stack error\b|\bunspecified launch failure\b"
+    r"|\bCUDA error: unknown error\b|\b(device(\(s\))?|GPU) is(/are)? (lost|busy or unavailable|no longer available)\b"
+    r"|\b(fell|fallen) off the bus\b",
     re.IGNORECASE,
 )
-"""What gloo, NCCL and CUDA say in a plain ``RuntimeError`` when the network, a peer or the device failed."""
+"""What gloo, NCCL and CUDA say in a plain ``RuntimeError`` when the network, a peer or the device failed.
+
+Whole phrases of theirs: single words, such as peer or timeout, are in sentences about bugs too.
+"""
 
 WAITING = (InitializingState, SchedulingState, ReschedulingState, RestartingState, ResizingState)
 """States of Ray Train's controller in which there are no workers."""
@@ -70,6 +77,9 @@ def is_fault(error: BaseException) -> bool:
 
     Faults are dead or unreachable actors, nodes and objects, whatever the operating system refused (storage, network),
     failed communication between workers, and broken devices. All else is a bug, running out of memory too.
+
+    Every error of the operating system counts, a missing file and a refused permission too: while shared storage is
+    away, its mount point is an empty folder, a file, or somebody else's, and only a restart can tell.
     """
     cause = _cause(error)
     if isinstance(cause, CheckpointException):
@@ -175,7 +185,9 @@ class StopWaiting(ControllerCallback):
         if not isinstance(current_state, WAITING):
             self._since, self._failures = None, 0
             return
-        if type(current_state) is type(previous_state):  # an elastic run with too few nodes would look again at once
+        if type(current_state) is type(previous_state):
+            # Ray's elastic policy answers "no change" at once while there are too few nodes, and TrainController.run
+            # asks again without a pause, or any await that gives way: a whole CPU, and nobody else's turn to lose.
             time.sleep(_PAUSE_SECONDS)
         elif isinstance(current_state, ReschedulingState):
             self._count(_cause(current_state.training_failed_error))

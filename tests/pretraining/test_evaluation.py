@@ -166,10 +166,14 @@ def test_held_out_networks_are_the_latest_of_many_models_and_a_spread_of_epochs(
     assert len(held_out(index, 1)) == 1
 
 
-def test_held_out_networks_are_of_the_test_split_without_a_val_split_and_of_the_training_split_without_both(store):
+def test_held_out_networks_are_of_the_test_split_without_a_val_split_and_of_the_training_split_without_both(
+    store, caplog
+):
     index = index_of(store, ["train", "test", "train"], ["a", "b", "c"], [3, None, 1])
     assert held_out(index, 5) == [1]
+    assert not caplog.records
     assert held_out(index_of(store, ["train"] * 3, ["a", "a", "c"], [3, 4, 1]), 5) == [0, 1, 2]
+    assert caplog.text.count("accuracy is not of held-out ones") == 1
 
 
 @pytest.fixture
