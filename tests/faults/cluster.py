@@ -30,7 +30,7 @@ CLUSTER_MARK, NODE_MARK = "SANE_RAY_TEST_CLUSTER", "SANE_RAY_TEST_NODE"
 
 HEAD_IP = "127.0.0.2"  # for 127.0.0.1 Ray takes an address that others can reach
 
-WAIT_SECONDS = 120
+WAIT_SECONDS = 300
 """Longest wait for anything: a loaded machine is slow, a broken one is told."""
 
 
@@ -65,13 +65,13 @@ class Cluster:
         self._guard = subprocess.Popen(
             [sys.executable, __file__, self.mark, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
         )
-        self.port = free_port()
-        self.address = f"{HEAD_IP}:{self.port}"
+        port, self._dashboard = free_port(), free_port()
+        self.address = f"{HEAD_IP}:{port}"
         try:
             self.head = self._start_node(
                 HEAD_IP,
-                *("--head", "--port", str(self.port), "--num-cpus", "0"),
-                *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(free_port())),
+                *("--head", "--port", str(port), "--num-cpus", "0"),
+                *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(self._dashboard)),
                 *("--ray-client-server-port", str(free_port())),
             )
         except BaseException:
@@ -87,10 +87,11 @@ class Cluster:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "RAY_ADDRESS": self.address,
+            # Ray's own look for it would find other clusters on this machine too
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self._dashboard}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             # a dead node is noticed in seconds, where Ray allows it half a minute
             "RAY_health_check_initial_delay_ms": "0",
@@ -142,7 +143,7 @@ class Cluster:
         node = Node(ip, secrets.token_hex(8))
         ray = str(Path(sys.executable).parent / "ray")
         command = [ray, "start", "--block", "--node-ip-address", ip, *arguments, "--disable-usage-stats"]
-        command += ["--object-store-memory", str(self.object_store_mb * 10**6), "--temp-dir", str(self.folder)]
+        command += ["--object-store-memory", str(self.object_store_mb * 10**6), "--temp-dir", str(self.folder / ip)]
         log = self.folder / f"{ip}.log"
         environment = self.environment | {NODE_MARK: node.mark}
         del environment["RAY_ADDRESS"]

@@ -25,8 +25,8 @@ from sane_ray.zoo.catalog import discover
 
 SETTINGS = {
     "autoencoder.window": "26",
-    "autoencoder.d_model": "256",
-    "autoencoder.heads": "4",
+    "autoencoder.d_model": "192",
+    "autoencoder.heads": "3",
     "autoencoder.layers": "3",
     "autoencoder.latent_dim": "16",
     "pretraining.epochs": "6",
@@ -147,11 +147,17 @@ class Run:
         """Of the finished model."""
         return load_file(self.folder / "model" / "model.safetensors")
 
-    def starts(self) -> list[int]:
-        """The steps with which the lines of the history went back: how often, and to where, training was restarted."""
-        lines = (self.folder / "history.jsonl").read_text().splitlines()
-        steps = [int(json.loads(line)["step"]) for line in lines]
-        return [after for before, after in itertools.pairwise(steps) if after <= before]
+    def restarts(self) -> int:
+        """How often training went on from a checkpoint: the history then goes back to what that knew of it."""
+        return sum(after["step"] <= before["step"] for before, after in itertools.pairwise(self._lines()))
+
+    def computed(self, step: int) -> int:
+        """How often a step was computed, and not only told again."""
+        return len({line["time"] for line in self._lines() if line["step"] == step})
+
+    def _lines(self) -> list[dict[str, float]]:
+        path = self.folder / "history.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def training_workers(pids: list[int]) -> list[int]:
