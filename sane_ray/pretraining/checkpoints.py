@@ -107,11 +107,6 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    @property
-    def latest_step(self) -> int | None:
-        """Step of the newest checkpoint that this object wrote or read, complete."""
-        return None if self._last is None else int(self._last["step"])
-
     def begin(self, state: TrainingState) -> None:
         """Copies the state to main memory and writes it beside training; first waits for the write before.
 

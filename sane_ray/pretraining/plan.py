@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sane_ray.errors import InputError
+from sane_ray.pretraining.batch import FILLER
 
 VERSION = 1
 """Of the order: a plan of another version has another signature."""
@@ -34,9 +35,6 @@ LARGEST_POOL = 8
 
 POOLS_LOOKED_AT = 100
 """Pools that show whether batches repeat models."""
-
-FILLER = -1
-"""Segment and slot of a row without a window."""
 
 _GROUPS, _TIMES, _MODELS, _PHASES, _WINDOWS, _STEPS = range(6)  # keep the random streams of an epoch apart
 

@@ -134,9 +134,9 @@ class TrainingState(Stateful):
             torch.set_rng_state(state)
 
 
-def seed_of(seed: int, step: int, rank: int) -> int:
-    """One seed for each (seed, step, rank): what a rank draws at a step, resumed or not."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+def seed_of(seed: int, step: int, rank: int, *piece: int) -> int:
+    """One seed for each (seed, step, rank), and piece of its rows: what is drawn there, resumed or not."""
+    return int(np.random.SeedSequence((seed, step, rank, *piece)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def whole_model(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, P
 from sane_ray.pretraining.augment import augmented_views
 from sane_ray.pretraining.batch import Batch
 from sane_ray.pretraining.sharding import average_gradients, matrices, prepare, vectors
-from sane_ray.pretraining.state import TrainingState
+from sane_ray.pretraining.state import TrainingState, seed_of
 
 METRICS = ("loss", "loss_contrast", "loss_recon", "loss_behavior", "gradient_norm", "learning_rate", "skipped")
 """Names of the first columns of what a step returns; the sums behind the explained variance follow."""
@@ -291,7 +290,7 @@ class Trainer:
 
     def _seed_dropout(self, number: int) -> None:
         """So that a resumed run drops what an uninterrupted one would have; it depends on the rank and the piece."""
-        torch.manual_seed(_seed_of_piece(self.pretraining.seed, self.state.step, self.rank, number))
+        torch.manual_seed(seed_of(self.pretraining.seed, self.state.step, self.rank, number))
 
     def _windows_of_all(self, views: Views) -> Tensor:
         """Windows of the global batch, at least 1; known without asking where nobody needs them."""
@@ -375,10 +374,6 @@ def choose_precision(wanted: Literal["auto", "float32", "bfloat16"], device: tor
     if dist.is_initialized():
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
     return torch.bfloat16 if agreed else torch.float32
-
-
-def _seed_of_piece(seed: int, step: int, rank: int, number: int) -> int:
-    return int(np.random.SeedSequence((seed, step, rank, number)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _columns(losses: Losses, behavior: Tensor, norm: Tensor, rate: float, skipped: Tensor, sums: Tensor) -> Tensor:

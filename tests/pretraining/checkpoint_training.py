@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported torch already, so that they start at once.
 """
 
+import json
 import multiprocessing
 import resource
 import signal
@@ -21,7 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from sane_ray.autoencoder.model import SANE
 from sane_ray.config import AutoencoderConfig
 from sane_ray.errors import InputError
-from sane_ray.pretraining.checkpoints import Checkpoints
+from sane_ray.pretraining.checkpoints import MANIFEST, Checkpoints
 from sane_ray.pretraining.export import Export, export
 from sane_ray.pretraining.state import TrainingState
 
@@ -149,6 +150,11 @@ def resume(run):
     return {"step": step, "uninterrupted": whole(state), "resumed": whole(train(resumed, 2))}
 
 
+def newest(run):
+    """Step of the newest complete checkpoint in the folder."""
+    return max(json.loads(file.read_text())["step"] for file in (run / "checkpoints").glob(f"step_*/{MANIFEST}"))
+
+
 def fail_on_the_last_rank(run):
     """The last rank cannot write what it must, first in the background, then for good, then it can."""
     state = trained(2)
@@ -159,13 +165,13 @@ def fail_on_the_last_rank(run):
         limit_file_size(1000)
     checkpoints.begin(train(state))
     checkpoints.finish()
-    steps = [checkpoints.latest_step]
+    steps = [newest(run)]
     error = message(lambda: checkpoints.save(train(state)))
-    steps.append(checkpoints.latest_step)
+    steps.append(newest(run))
     if limited:
         limit_file_size(resource.RLIM_INFINITY)
     checkpoints.save(train(state))
-    return {"error": error, "steps": [*steps, checkpoints.latest_step]}
+    return {"error": error, "steps": [*steps, newest(run)]}
 
 
 def export_sharded(run):

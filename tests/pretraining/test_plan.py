@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sane_ray.errors import InputError
-from sane_ray.pretraining.plan import FILLER, Plan, plan_of
+from sane_ray.pretraining.batch import FILLER
+from sane_ray.pretraining.plan import Plan, plan_of
 
 MODELS, EPOCHS = 12, 3
 

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sane_ray.pretraining.plan import FILLER, plan_of, window_counts
+from sane_ray.pretraining.batch import FILLER
+from sane_ray.pretraining.plan import plan_of, window_counts
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
