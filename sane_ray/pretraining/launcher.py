@@ -219,7 +219,9 @@ def resolve_autoencoder(config: AutoencoderConfig, store: TokenStore) -> Autoenc
 
 
 def _check_symmetry(job: PretrainJob, store: TokenStore) -> None:
-    views = {"view_1": job.augmentation.view_1, "view_2": job.augmentation.view_2}
+    views = {"view_1": job.augmentation.view_1}
+    if job.loss.views == 2:
+        views["view_2"] = job.augmentation.view_2
     permuted = [name for name, kind in views.items() if kind == "permuted"]
     without = [name for name, architecture in store.architectures.items() if architecture.symmetry.is_trivial]
     if not permuted or not without:

@@ -451,7 +451,9 @@ class _Loop:
             pool_mb=config.pretraining.shuffle_mb,
             seed=seed,
         )
-        return WindowReader(store.path, plan, groups, config.augmentation, self.rank, self.world_size)
+        return WindowReader(
+            store.path, plan, groups, config.augmentation, self.rank, self.world_size, views=config.loss.views
+        )
 
     def _validation(self, config: WorkerConfig, store: TokenStore) -> list[Batch]:
         """This worker's part of the fixed validation batches; none without a val split.

@@ -326,6 +326,8 @@ def test_a_permuted_view_needs_a_known_symmetry(store, tmp_path):
         plan_run(SMALL, unknown, tmp_path)
     canonical = dataclasses.replace(SMALL, augmentation=AugmentationConfig(view_2="canonical"))
     assert plan_run(canonical, unknown, tmp_path).total_steps > 0
+    alone = changed(SMALL, loss={"contrast": "none"})  # computes the first view only
+    assert plan_run(alone, unknown, tmp_path).total_steps > 0
 
 
 def test_more_workers_than_the_cluster_can_hold_are_refused_at_once(store, tmp_path):
