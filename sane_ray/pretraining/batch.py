@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 
 FILLER = -1
-"""Segment, slot and checkpoint of a row without a window: it makes all ranks' batches equally long, and counts nothing."""
+"""Segment, slot and checkpoint of a row without a window: it makes all ranks' batches equally long; counts nothing."""
 
 
 @dataclass(frozen=True)
