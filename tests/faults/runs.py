@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cluster import ROOT, Cluster, wait_until
 from safetensors.torch import load_file
 
-from cluster import ROOT, Cluster, wait_until
 from sane_ray.config import TokensConfig, ZooConfig
 from sane_ray.pretraining.history import read_history
 from sane_ray.tokens.store.writing import write_store

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cluster import wait_until
+
 from sane_ray.errors import InputError
 from sane_ray.pretraining.faults import Bug, StopOnBug, StopWaiting, is_fault, reason_of, root_bug, told
 
