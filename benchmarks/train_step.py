@@ -27,8 +27,10 @@ computes besides. "of peak" divides it by the measured peak of the side's own nu
 of the step (optimiser, norms, losses, calls) keeps it far below 1. "MFU" divides by the maker's figure for the GPU, in
 bfloat16 unless the side computes in float32; CPUs have none. "ours x" says how many times as fast as this side ours
 is: the median of the rounds' own ratios, since the load of others comes and goes. "peak MB" is the most memory in use
-after the first round: the process's resident memory on the CPU, the allocator's on a GPU. "load" is the machine's load
-average when the measurement begins and ends, its own included. On a shared machine compare ratios, and run twice.
+after the first round: the process's resident memory on the CPU, the allocator's on a GPU. "others" is the share of all
+processors' time that other processes took meanwhile (Linux tells it). A round in which they took more than ``--others``
+is done again, ten times as many rounds at most, and then the calmest count: two threads that wait for each other lose
+more to others than others take. "load" is the machine's load average at the beginning and the end, our own included.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,6 +71,8 @@ MATRIX_REPEATS = {"cpu": 1, "cuda": 10}
 BATCHES = 4
 SCHEDULE_STEPS = 1_000_000  # longer than any measurement: all sides stay at the schedule's beginning
 PIECES = 4
+PATIENCE, PAUSE = 10, 2.0
+PROC_STAT = Path("/proc/stat")
 
 Format = Literal["float32", "bfloat16", "float16"]
 Burst = Callable[[int], object]
@@ -114,11 +118,13 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Burned:
+class Cost:
     """What some steps cost."""
 
     seconds: float
     megabytes: float
+    others: float = 0.0
+    """Share of all processors' time that other processes took meanwhile; 0 where that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,8 @@ class Speed:
     ours_times: float
     """How many times as fast as this side ours is."""
     megabytes: float
+    others: float
+    """Share of the processors that others took meanwhile."""
 
     @property
     def flops(self) -> float:
@@ -174,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Work(side, options.preset, options.batch_size, precision, options.device, options.threads, code)
         for side in sides
     ]
-    speeds = measure(works, options.steps, options.rounds, one_at_a_time=options.one_at_a_time)
+    speeds = measure(works, options.steps, options.rounds, one_at_a_time=options.one_at_a_time, others=options.others)
     print_table(speeds)
     if code is None:
         print(f"no published code at {options.published}: own figures only")
@@ -195,6 +203,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--published", type=Path, default=ROOT.parent / "SANE", help="a checkout of the published code")
     parser.add_argument("--steps", type=int, default=4, help="steps of each side in a round (default: 4)")
     parser.add_argument("--rounds", type=int, default=8, help="rounds after one to warm up (default: 8)")
+    parser.add_argument(
+        "--others",
+        type=float,
+        default=0.1,
+        help="share of the processors that others may take in a round that counts (default: %(default)s)",
+    )
     parser.add_argument(
         "--one-at-a-time",
         action="store_true",
@@ -375,7 +389,7 @@ class Side:
         context = multiprocessing.get_context("spawn")
         self._process = ProcessPoolExecutor(1, mp_context=context)
 
-    def run(self, steps: int) -> Burned:
+    def run(self, steps: int) -> Cost:
         """Trains so many steps; the first time it builds the model first, untimed."""
         return self._process.submit(burn, self.work, steps).result()
 
@@ -388,39 +402,67 @@ _BURSTS: dict[Work, Burst] = {}
 """In a side's process: what it has built."""
 
 
-def burn(work: Work, steps: int) -> Burned:
+def burn(work: Work, steps: int) -> Cost:
     """Trains so many steps and says what they cost; builds the side at the first call."""
     device = torch.device(work.device)
     if work not in _BURSTS:
         torch.set_num_threads(work.threads)
         _BURSTS[work] = burst_of(work)
-        seconds = timed(partial(_BURSTS[work], steps), device)
+        _BURSTS[work](steps)
         forget_peak_memory(device)
-        return Burned(seconds, 0.0)
+        return Cost(0.0, 0.0)
+    busy, own = busy_seconds(), time.process_time()
     seconds = timed(partial(_BURSTS[work], steps), device)
-    return Burned(seconds, peak_megabytes(device))
+    others = busy_seconds() - busy - (time.process_time() - own)
+    return Cost(seconds, peak_megabytes(device), max(0.0, others / seconds / (os.cpu_count() or 1)))
 
 
-def measure(works: Sequence[Work], steps: int, rounds: int, *, one_at_a_time: bool = False) -> list[Speed]:
+def measure(
+    works: Sequence[Work], steps: int, rounds: int, *, one_at_a_time: bool = False, others: float = 1.0
+) -> list[Speed]:
     """All sides and the matrix products in turn, ``rounds`` times after one that is thrown away."""
     groups = [[work] for work in works] if one_at_a_time else [list(works)]
-    timings: dict[Work, list[Burned]] = {}
+    costs: dict[Work, list[Cost]] = {}
     peaks: dict[Format, float] = {}
     for group in groups:
         sides = [Side(work) for work in group]
         try:
-            for number in range(rounds + 1):
-                for side in swapped(sides, number):
-                    burned = side.run(steps)
-                    if number:
-                        timings.setdefault(side.work, []).append(burned)
-                for work in group:
-                    rate = fastest_product(work.format, torch.device(work.device))
-                    peaks[work.format] = max(peaks.get(work.format, 0.0), rate)
+            for side in sides:
+                side.run(steps)
+            kept = calm_rounds(sides, steps, rounds, others, peaks)
         finally:
             for side in sides:
                 side.close()
-    return [speed_of(work, timings[work], timings[works[0]], peaks[work.format], steps) for work in works]
+        costs |= {work: [round_[work] for round_ in kept] for work in group}
+    return [speed_of(work, costs[work], costs[works[0]], peaks[work.format], steps) for work in works]
+
+
+def calm_rounds(
+    sides: Sequence[Side], steps: int, rounds: int, others: float, peaks: dict[Format, float]
+) -> list[dict[Work, Cost]]:
+    """The first rounds that others disturb no more than that; after many tries the least disturbed ones.
+
+    Args:
+        sides: built.
+        steps: of each in a round.
+        rounds: wanted.
+        others: most of the processors' time that others may take during any side's steps.
+        peaks: where the best rates of matrix products are kept.
+    """
+    taken: list[dict[Work, Cost]] = []
+    while sum(disturbance(round_) <= others for round_ in taken) < rounds and len(taken) < PATIENCE * rounds:
+        taken.append({side.work: side.run(steps) for side in swapped(sides, len(taken))})
+        for work in taken[-1]:
+            rate = fastest_product(work.format, torch.device(work.device))
+            peaks[work.format] = max(peaks.get(work.format, 0.0), rate)
+        if disturbance(taken[-1]) > others:
+            time.sleep(PAUSE)
+    return sorted(taken, key=disturbance)[:rounds]
+
+
+def disturbance(round_: Mapping[Work, Cost]) -> float:
+    """The largest share of the processors that others took during any side's steps."""
+    return max(cost.others for cost in round_.values())
 
 
 def swapped(sides: Sequence[Side], number: int) -> list[Side]:
@@ -429,7 +471,7 @@ def swapped(sides: Sequence[Side], number: int) -> list[Side]:
     return [*sides[first:], *sides[:first]]
 
 
-def speed_of(work: Work, own: Sequence[Burned], ours: Sequence[Burned], peak: float, steps: int) -> Speed:
+def speed_of(work: Work, own: Sequence[Cost], ours: Sequence[Cost], peak: float, steps: int) -> Speed:
     """Medians of the rounds."""
     job, _ = job_of(work.preset, work.batch_size)
     tokens = steps * 2 * job.pretraining.batch_size * job.autoencoder.window
@@ -438,12 +480,13 @@ def speed_of(work: Work, own: Sequence[Burned], ours: Sequence[Burned], peak: fl
     return Speed(
         side=work.side,
         format=work.format,
-        tokens_per_s=tokens / statistics.median(burned.seconds for burned in own),
+        tokens_per_s=tokens / statistics.median(cost.seconds for cost in own),
         flops_per_token=flops_per_token,
         peak=peak,
         nominal=peak_flops(torch.device(work.device), product_format(work.format)),
         ours_times=statistics.median(a.seconds / b.seconds for a, b in zip(own, ours, strict=True)),
-        megabytes=max(burned.megabytes for burned in own),
+        megabytes=max(cost.megabytes for cost in own),
+        others=statistics.median(cost.others for cost in own),
     )
 
 
@@ -479,6 +522,14 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def busy_seconds() -> float:
+    """Time that all processors together were not idle since they started, or taken away; 0 where that is unknown."""
+    if sys.platform != "linux":
+        return 0.0
+    user, nice, system, _, _, *rest = (int(number) for number in PROC_STAT.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """Lets ``peak_megabytes`` begin anew, where that can be done."""
     if device.type == "cuda":
@@ -502,14 +553,13 @@ def describe(device: torch.device) -> str:
 
 
 def print_table(speeds: Sequence[Speed]) -> None:
-    print(
-        f"{'':20}{'':10}{'tokens/s':>12}{'GFLOP/s':>12}{'of peak':>9}{'MFU':>7}{'ours x':>8}{'peak MB':>9}", flush=True
-    )
+    rates = f"{'tokens/s':>12}{'GFLOP/s':>12}{'of peak':>9}{'MFU':>7}{'ours x':>8}"
+    print(f"{'':30}{rates}{'peak MB':>9}{'others':>8}", flush=True)
     for speed in speeds:
         mfu = f"{speed.mfu:7.3f}" if speed.mfu is not None else f"{'-':>7}"
         print(
             f"{speed.side:20}{speed.format:10}{speed.tokens_per_s:12,.0f}{speed.flops / 1e9:12,.1f}"
-            f"{speed.of_peak:9.3f}{mfu}{speed.ours_times:8.2f}{speed.megabytes:9,.0f}"
+            f"{speed.of_peak:9.3f}{mfu}{speed.ours_times:8.2f}{speed.megabytes:9,.0f}{speed.others:8.2f}"
         )
     for name, peak in {speed.format: speed.peak for speed in speeds}.items():
         print(f"{'peak':20}{name:10}{'':12}{peak / 1e9:12,.1f}{1:9.3f}")

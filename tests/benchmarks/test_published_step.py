@@ -89,9 +89,9 @@ def parameters_of_ours():
 
 
 def test_its_own_epoch_is_run_in_a_process_of_its_own(tmp_path):
-    burned = run(stand_in(tmp_path, parameters_of_ours()))
-    assert burned.seconds > 0
-    assert burned.megabytes > 50
+    cost = run(stand_in(tmp_path, parameters_of_ours()))
+    assert cost.seconds > 0
+    assert cost.megabytes > 50
     assert "SANE" not in sys.modules
 
 

@@ -82,12 +82,46 @@ def test_sides_are_measured_in_processes_of_their_own():
 
 
 def test_figures_are_medians_of_rounds():
-    own = [train_step.Burned(seconds, megabytes) for seconds, megabytes in ((8.0, 1.0), (4.0, 3.0), (99.0, 2.0))]
-    ours = [train_step.Burned(seconds, 1.0) for seconds in (2.0, 2.0, 3.0)]
+    own = [train_step.Cost(seconds, megabytes) for seconds, megabytes in ((8.0, 1.0), (4.0, 3.0), (99.0, 2.0))]
+    ours = [train_step.Cost(seconds, 1.0) for seconds in (2.0, 2.0, 3.0)]
     speed = train_step.speed_of(work("plain"), own, ours, peak=1e9, steps=3)
     assert speed.tokens_per_s == pytest.approx(3 * 2 * 2 * 32 / 8)
     assert speed.ours_times == pytest.approx(4)
     assert speed.megabytes == 3
+
+
+class Told:
+    """A side whose costs are told beforehand."""
+
+    def __init__(self, work, others):
+        self.work, self.others, self.runs = work, others, 0
+
+    def run(self, steps):
+        self.runs += 1
+        return train_step.Cost(self.runs, 1.0, self.others[(self.runs - 1) % len(self.others)])
+
+
+@pytest.mark.parametrize(
+    ("others", "kept", "runs"),
+    [([0.0, 0.5, 0.1, 0.0], [1, 3], 3), ([0.5, 0.3, 0.4], [2, 5], 20), ([0.05], [1, 2], 2)],
+)
+def test_rounds_that_others_disturb_are_done_again(others, kept, runs, monkeypatch):
+    monkeypatch.setattr(train_step, "PAUSE", 0)
+    side, peaks = Told(work(), others), {}
+    rounds = train_step.calm_rounds([side], steps=1, rounds=2, others=0.1, peaks=peaks)
+    assert sorted(round_[side.work].seconds for round_ in rounds) == kept
+    assert side.runs == runs
+    assert peaks["float32"] > 0
+
+
+def test_others_are_what_the_processors_do_besides(tmp_path, monkeypatch):
+    assert train_step.busy_seconds() >= 0
+    monkeypatch.setattr(train_step, "PROC_STAT", tmp_path / "stat")
+    monkeypatch.setattr(sys, "platform", "linux")
+    (tmp_path / "stat").write_text("cpu  100 20 30 5000 60 7 8 9 0 0\ncpu0 1 2\n")
+    assert train_step.busy_seconds() == pytest.approx(174 / os.sysconf("SC_CLK_TCK"))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert train_step.busy_seconds() == 0
 
 
 @pytest.mark.parametrize(
@@ -129,7 +163,7 @@ def test_prints_a_table_without_ray_pyarrow_or_mlflow(tmp_path):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not to be imported')\n")
     arguments = ["--batch-size=2", "--steps=1", "--rounds=1", "--threads=1", "--device=cpu", "--precision=float32"]
     done = subprocess.run(
-        [sys.executable, train_step.__file__, *arguments, "--published=nowhere"],
+        [sys.executable, train_step.__file__, *arguments, "--published=nowhere", "--others=1"],
         capture_output=True,
         text=True,
         check=True,
