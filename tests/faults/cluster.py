@@ -93,6 +93,7 @@ class Cluster:
             "RAY_AUTH_TOKEN_PATH": str(self._token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
             # a dead node is noticed in seconds, where Ray allows it half a minute
             "RAY_health_check_initial_delay_ms": "0",
             "RAY_health_check_period_ms": "500",

@@ -32,6 +32,7 @@ SETTINGS = {
     "pretraining.epochs": "6",
     "pretraining.batch_size": "8",
     "pretraining.learning_rate": "1e-3",
+    "pretraining.precision": "float32",
     "pretraining.log_every": "2",
     "pretraining.validate_every": "2",
     "pretraining.checkpoint_every": "0.4",
