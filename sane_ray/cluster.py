@@ -448,7 +448,12 @@ def check_memory(need: MemoryNeed, resources: Resources, nodes: Sequence[Mapping
             changes = nearest_that_fits(
                 need, workers, places, lambda other, count: not _memory_problem(other, count, resources, nodes)
             )
-            remedy = f"set {' and '.join(changes)}" if changes else "lower autoencoder.d_model or autoencoder.layers"
+            fewer = (n for n in range(workers - 1, 0, -1) if not _memory_problem(need, n, resources, nodes))
+            remedy = "lower autoencoder.d_model or autoencoder.layers"
+            if changes:
+                remedy = f"set {' and '.join(changes)}"
+            elif most_that_fit := next(fewer, 0):
+                remedy = f"set cluster.num_workers to {most_that_fit} or less"
             raise InputError(f"{problem}: {remedy}, or add {'GPUs' if resources.gpu else 'nodes'} with more memory")
 
 
@@ -475,7 +480,8 @@ def _memory_problem(
         if count * on_node > memory:
             return (
                 f"{_workers(workers)} {gigabytes(count * on_node)} of memory on a node with {count} of them "
-                f"({gigabytes(on_node)} each: {bytes_of}, checkpoint copy {gigabytes(bytes_of.staging)}), but it has "
+                f"({gigabytes(on_node)} each: process and data {gigabytes(bytes_of.host)}, checkpoint copy "
+                f"{gigabytes(bytes_of.staging)}, {bytes_of}), but it has "
                 f"{gigabytes(memory)} beside its object store"
             )
     return None

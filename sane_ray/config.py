@@ -392,8 +392,8 @@ class PretrainingConfig:
 
     checkpoint_every: float = 5.0
     """Epochs between checkpoints, about, since they are rounded to whole steps (0.1: ten in an epoch); the end always
-    writes one. They are written beside training: a crash costs at most the steps of two such intervals, an announced
-    preemption none."""
+    writes one. They are written beside training: a crash costs at most the steps of two such intervals; when a node
+    is announced to be taken away, one checkpoint is written after the other."""
 
     checkpoints_kept: int = 2
     """Checkpoints that stay on disk, at least 2: one could be damaged."""
@@ -465,7 +465,7 @@ class ClusterConfig:
             1 <= self.min_workers <= self.max_workers,
             "cluster.num_workers",
             self.num_workers,
-            "must be at least 1, or a pair [least, most] of such",
+            "must be at least 1, or a pair [least, most] such as [2, 8], the first not greater than the second",
         )
         _check(self.resize_seconds > 0, "cluster.resize_seconds", self.resize_seconds, "must be positive")
         _check(self.cpus_per_worker > 0, "cluster.cpus_per_worker", self.cpus_per_worker, "must be positive")
