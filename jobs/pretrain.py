@@ -111,7 +111,7 @@ def describe(run: Run) -> str:
         f"{run.flops / 1e12:.3g} TFLOP in all"
     ) + (
         f"\nnote     a batch may hold {run.most_of_a_model} windows of one model, near-duplicates that the contrastive "
-        "loss takes for different: a larger zoo or --pretraining.shuffle_mb helps, or a smaller --pretraining.batch_size"
+        "loss takes for different: a larger zoo or --pretraining.shuffle_mb, or a smaller batch, helps"
         if run.most_of_a_model > 1 and run.worker.loss.contrast != "none"
         else ""
     )
