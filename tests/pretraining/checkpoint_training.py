@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported torch already, so that they start at once.
 """
 
+import copy
 import json
 import multiprocessing
 import resource
@@ -67,7 +68,7 @@ def train(state, steps=1):
 
 def trained(steps, seed=0):
     state = train(make_state(seed), steps)
-    state.skipped, state.extra = [1, 4], dict(EXTRA)
+    state.skipped, state.extra = [1, 4], copy.deepcopy(EXTRA)
     return state
 
 
