@@ -136,6 +136,10 @@ class Run:
                 found.append(path.parent)
         return found
 
+    def last_checkpoint(self) -> int:
+        """Step of the newest complete checkpoint."""
+        return int(self.checkpoints()[-1].name.split("_")[1])
+
     def curve(self) -> dict[int, dict[str, float]]:
         """Losses of every step, in training and validation."""
         points = read_history(self.folder / "history.jsonl")

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cluster import Cluster, MlflowServer, wait_until
+from cluster import WAIT_SECONDS, Cluster, MlflowServer, wait_until
 from runs import STEPS, Run, assert_close, assert_same, training_workers, write_small_store
 
 
@@ -173,6 +173,24 @@ def slow(process):
     yield
     ended.set()
     thread.join()
+
+
+def test_a_node_that_is_announced_to_go_costs_no_step_that_was_made_before(calm, new_run, cluster):
+    cluster.add_node(2)
+    run = new_run("announced", pretraining__checkpoint_every="6").start()
+    run.wait_for_step(2)
+    doomed = next(node for node in cluster.nodes if training_workers(node.pids))
+    (worker,) = training_workers(doomed.pids)
+    with slow(worker):
+        cluster.announce_loss(doomed, seconds=WAIT_SECONDS)
+        run.wait_for_checkpoints()
+        saved = run.last_checkpoint()
+        assert saved < STEPS, "the first checkpoint that is due at its time is the last"
+        run.wait_for_step(saved + 2)
+    cluster.kill_node(doomed)
+    run.finish()
+    assert_same(run, calm)
+    assert (run.restarts(), run.computed(step=1), run.computed(step=saved)) == (1, 1, 1)
 
 
 def test_a_run_grows_with_a_node_that_joins_and_shrinks_with_one_that_leaves(calm, new_run, cluster):
