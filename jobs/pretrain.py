@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from sane_ray.cli import run_job
-from sane_ray.cluster import connect, default_storage, local_path, preflight
+from sane_ray.cluster import connect, default_storage, local_path
 from sane_ray.config import PRESETS, PretrainJob
 from sane_ray.errors import InputError
+from sane_ray.preflight import preflight
 from sane_ray.pretraining.history import read_history
 from sane_ray.pretraining.launcher import Run, is_complete, plan_run, pretrain
 from sane_ray.pretraining.scaling import Placement, gigabytes, scaling_table

@@ -22,9 +22,10 @@ import torch
 from tqdm import tqdm
 
 from sane_ray.autoencoder.model import SANE, check_replaceable
-from sane_ray.cluster import Resources, local_path, preflight
+from sane_ray.cluster import local_path
 from sane_ray.config import AutoencoderConfig, PretrainJob, to_dict
 from sane_ray.errors import InputError
+from sane_ray.preflight import Resources, preflight
 from sane_ray.pretraining.behavior import check_behavior
 from sane_ray.pretraining.history import last_point
 from sane_ray.pretraining.scaling import MemoryNeed
