@@ -14,8 +14,6 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +21,6 @@ import torch.distributed as dist
 
 from sane_ray.autoencoder.model import CONFIG_FILE
 from sane_ray.cluster import quieten
-from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig
 from sane_ray.errors import InputError
 from sane_ray.hardware import measured_peak, peak_flops
 from sane_ray.pretraining.batch import Batch
@@ -32,17 +29,13 @@ from sane_ray.pretraining.checkpoints import Checkpoints
 from sane_ray.pretraining.evaluation import Evaluations
 from sane_ray.pretraining.export import Export, export
 from sane_ray.pretraining.guard import MOST_UNUSABLE, Spike, SpikeGuard
-from sane_ray.pretraining.progress import Point, Progress
+from sane_ray.pretraining.history import Point
+from sane_ray.pretraining.progress import Progress
+from sane_ray.pretraining.run import BEST_FOLDER, MODEL_FOLDER, WorkerConfig
 from sane_ray.pretraining.state import TrainingState
 from sane_ray.pretraining.step import Trainer
 from sane_ray.pretraining.stream import WindowReader, fixed_batches, plan_of_store, stream, windows_of_split
 from sane_ray.tokens.store import TokenStore
-
-MODEL_FOLDER = "model"
-"""The model as it is at the end, inside the run's folder."""
-
-BEST_FOLDER = "model_best"
-"""The model as it was when its validation loss was lowest."""
 
 CHECKPOINT_FOLDER = "checkpoints"
 EVALUATION_FOLDER = "evaluations"
@@ -61,20 +54,6 @@ MOST_ROLLBACKS = 10
 """Spikes that a run goes back for; further ones are recorded."""
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """Everything a worker needs, decided by the launcher; travels to the workers as it is."""
-
-    folder: Path
-    """Of the run, on storage that all nodes share."""
-    store: Path
-    autoencoder: AutoencoderConfig
-    loss: LossConfig
-    augmentation: AugmentationConfig
-    pretraining: PretrainingConfig
-    threads: int
 
 
 class NotFinite(InputError):

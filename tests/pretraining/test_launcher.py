@@ -24,7 +24,8 @@ from sane_ray.config import (
 )
 from sane_ray.errors import InputError
 from sane_ray.pretraining.history import read_history
-from sane_ray.pretraining.launcher import is_complete, plan_run, pretrain
+from sane_ray.pretraining.launcher import pretrain
+from sane_ray.pretraining.run import is_complete, plan_run
 from sane_ray.tracking import default_uri
 
 ROOT = Path(__file__).parents[2]
