@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sane_ray.config import ClusterConfig
 from sane_ray.errors import InputError
+from sane_ray.interrupts import handlers, set_handlers
 
 _TOLERANCE = 1e-6  # of sums of fractions of CPUs
 
@@ -31,7 +32,8 @@ QUIET = {
 def connect(config: ClusterConfig) -> Iterator[None]:
     """Joins the cluster at ``config.address`` or ``RAY_ADDRESS``, or starts Ray on this machine, for the block inside.
 
-    Inside an already connected process nothing is started or ended.
+    Inside an already connected process nothing is started or ended. Ray would answer SIGTERM with a stack of its own;
+    where the process had an answer before, it keeps that.
 
     Raises:
         InputError: the address does not answer, or refuses our token.
@@ -43,12 +45,15 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS", "")
+    before = {number: answer for number, answer in handlers().items() if callable(answer)}
     if not address:
         with local_ray(max(os.cpu_count() or 1, required_cpus(config))):
+            set_handlers(before)
             yield
         return
     _join(address)
     try:
+        set_handlers(before)
         yield
     finally:
         ray.shutdown()

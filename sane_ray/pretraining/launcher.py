@@ -6,14 +6,15 @@ Runs in the driver. Never trains anything itself.
 from __future__ import annotations
 
 import dataclasses
-import logging
-import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from tqdm import tqdm
@@ -21,11 +22,12 @@ from tqdm import tqdm
 from sane_ray.autoencoder.model import SANE
 from sane_ray.config import PretrainJob
 from sane_ray.errors import InputError
+from sane_ray.interrupts import interruptible
 from sane_ray.preflight import Resources, preflight
 from sane_ray.pretraining.faults import StopOnBug, StopWaiting, reason_of, told
 from sane_ray.pretraining.history import last_point
 from sane_ray.pretraining.history_callback import HistoryCallback
-from sane_ray.pretraining.run import BEST_FOLDER, MODEL_FOLDER, Run, claim, is_complete, last_step, write_identity
+from sane_ray.pretraining.run import BEST_FOLDER, MODEL_FOLDER, Run, claim, is_complete, write_identity
 from sane_ray.pretraining.worker import train
 from sane_ray.tracking import Tracker, default_uri
 from sane_ray.tracking_callback import TrackingCallback
@@ -36,7 +38,12 @@ EXPERIMENT = "sane_ray pretraining"
 MOST_WAITING_S = 600.0
 """How long a run waits for workers that the cluster has no room for, as after the loss of a node, before it ends."""
 
-_LOG = logging.getLogger(__name__)
+MOST_ENDING_S = 30.0
+"""How long an interrupted run waits for its workers to end."""
+
+ENDING = (
+    "interrupted: ending the workers; the same command goes on from the last checkpoint (a second Ctrl-C ends at once)"
+)
 
 
 def pretrain(run: Run, job: PretrainJob) -> Path:
@@ -61,8 +68,23 @@ def pretrain(run: Run, job: PretrainJob) -> Path:
     return run.output
 
 
+class _Trainer(TorchTrainer):
+    """Ray Train's trainer, whose own answer to Ctrl-C says nothing and ends with status 0."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """Ends workers and controller; waits for it, but not forever."""
+        with suppress(RayError):  # the controller ends as it answers
+            if self._controller is not None:
+                ray.get(self._controller.abort.remote(), timeout=MOST_ENDING_S)
+
+
 def _fit(run: Run, job: PretrainJob, resources: Resources, tracker: Tracker) -> None:
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         told(train),
         train_loop_config={"worker": dataclasses.replace(run.worker, threads=resources.threads)},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
@@ -85,7 +107,7 @@ def _fit(run: Run, job: PretrainJob, resources: Resources, tracker: Tracker) -> 
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _progress_bar(run), _interruptible():
+    with _progress_bar(run), interruptible(ENDING, trainer.abort):
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
@@ -107,20 +129,6 @@ def _num_workers(resources: Resources) -> int | tuple[int, int]:
 def _wanted(resources: Resources) -> str:
     each = " and ".join(f"{count:g} {kind}s" for kind, count in resources.bundle.items())
     return f"{resources.min_workers} workers of {each} each"
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Makes Ctrl-C what it is elsewhere: Ray Train's answer ends the workers, but then the process with status 0."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as ended:
-        raise KeyboardInterrupt from ended
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
@@ -159,7 +167,9 @@ def _progress_bar(run: Run) -> Iterator[None]:
     """Shows steps, loss and time left, read from the history that the controller writes."""
     stop = threading.Event()
     pause = 1.0 if sys.stderr.isatty() else 15.0  # a log file should not fill with bars
-    bar = tqdm(total=run.total_steps, initial=last_step(run), desc="pretraining", unit="step", mininterval=pause)
+    known = last_point(run.history)
+    done = int(known["step"]) if known else 0
+    bar = tqdm(total=run.total_steps, initial=done, desc="starting workers", unit="step", mininterval=pause)
 
     def follow() -> None:
         while not stop.wait(1.0):
@@ -167,7 +177,8 @@ def _progress_bar(run: Run) -> Iterator[None]:
 
     def show() -> None:
         point = last_point(run.history)
-        if point:
+        if point and point != known:
+            bar.set_description("pretraining", refresh=False)
             bar.set_postfix(loss=f"{point['train/loss']:.3f}", refresh=False)
             bar.update(int(point["step"]) - bar.n)
 

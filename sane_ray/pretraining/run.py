@@ -27,7 +27,6 @@ from sane_ray.config import (
 )
 from sane_ray.errors import InputError
 from sane_ray.pretraining.behavior import check_behavior
-from sane_ray.pretraining.history import last_point
 from sane_ray.pretraining.scaling import MemoryNeed
 from sane_ray.pretraining.stream import plan_of_store, windows_of_split
 from sane_ray.tokens.store import TokenStore
@@ -276,12 +275,6 @@ def is_complete(run: Run) -> bool:
     """Whether the run has been trained to its end and its model is in place."""
     known = _read_identity(run)
     return known is not None and known["status"] == "complete" and (run.output / "model.safetensors").exists()
-
-
-def last_step(run: Run) -> int:
-    """The last step that a run's history knows; 0 if it never ran."""
-    point = last_point(run.history)
-    return int(point["step"]) if point else 0
 
 
 def _read_identity(run: Run) -> dict[str, Any] | None:
