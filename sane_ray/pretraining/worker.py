@@ -10,14 +10,12 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Generator
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from sane_ray.autoencoder.model import CONFIG_FILE
 from sane_ray.cluster import quieten
@@ -31,7 +29,9 @@ from sane_ray.pretraining.export import Export, export
 from sane_ray.pretraining.guard import MOST_UNUSABLE, Spike, SpikeGuard
 from sane_ray.pretraining.history import Point
 from sane_ray.pretraining.progress import Progress
+from sane_ray.pretraining.ranks import from_first
 from sane_ray.pretraining.run import BEST_FOLDER, MODEL_FOLDER, WorkerConfig
+from sane_ray.pretraining.snapshots import Snapshots
 from sane_ray.pretraining.state import TrainingState
 from sane_ray.pretraining.step import Trainer
 from sane_ray.pretraining.stream import WindowReader, fixed_batches, plan_of_store, stream, windows_of_split
@@ -132,13 +132,13 @@ class _Loop:
         """Validation loss of a better one on its way there."""
         self.spikes = self.rollbacks = 0
         self.preempted = False
-        self.evaluations = (
+        self.snapshots = Snapshots(
+            self.folder / EVALUATION_FOLDER,
+            self.preprocessing,
             Evaluations(config.store, networks=self.config.evaluate_networks, seed=self.config.seed)
             if self.config.evaluate_every and self.rank == 0
-            else None
+            else None,
         )
-        self.snapshot: tuple[int, Export] | None = None
-        """A model on its way to an evaluation, and its step."""
         self.points: list[Point] = []
         """Of steps that are not reported yet."""
         self.reported: deque[list[Point]] = deque(maxlen=3)
@@ -152,8 +152,7 @@ class _Loop:
     def close(self) -> None:
         """Ends the data stream and what is being written."""
         with contextlib.ExitStack() as last:
-            if self.snapshot is not None:
-                last.callback(self.snapshot[1].close)
+            last.callback(self.snapshots.close)
             last.callback(self.best_model.close)
             last.callback(self.checkpoints.close)
             last.callback(self._end_stream)
@@ -201,7 +200,7 @@ class _Loop:
         if validating:
             self._validate()
         if evaluating:
-            self._evaluate()
+            self.snapshots.take(self.trainer.model, step, step / self.steps_per_epoch)
         if saving or notice or self.report_is_due:
             self._report()
         if step == self.total or notice == "first":
@@ -222,7 +221,7 @@ class _Loop:
             return ""
         (then, before), now = self.looked, time.monotonic()
         ahead = int(LOOK_SECONDS * (step - before) / max(now - then, 1e-3)) if step > before else 1
-        self.looked, self.next_look = (now, step), step + max(1, int(self._from_first(ahead)))
+        self.looked, self.next_look = (now, step), step + max(1, int(from_first(ahead)))
         self.report_is_due = True
         if ray.train.get_preemption_info() is None:
             return ""
@@ -300,7 +299,7 @@ class _Loop:
 
     def _settle_best(self) -> None:
         """The better model is the best one when storage has it."""
-        if self.candidate is not None and self._from_first(self.best_model.finish()):
+        if self.candidate is not None and from_first(self.best_model.finish()):
             self.best = self.candidate
         self.candidate = None
 
@@ -311,7 +310,7 @@ class _Loop:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 config = json.loads((self.folder / BEST_FOLDER / CONFIG_FILE).read_text(encoding="utf-8"))
                 known = config["provenance"]["val/loss"]
-        return self._from_first(known)
+        return from_first(known)
 
     def _describe_model(self) -> None:
         """Says in the model where it comes from."""
@@ -326,38 +325,11 @@ class _Loop:
             self.points.append({"step": step, "epoch": step / self.steps_per_epoch, "time": time.time()})
         return self.points[-1]
 
-    def _evaluate(self) -> None:
-        """Writes the model as it is, beside training, for an evaluation that ``_submit`` asks for."""
-        step = self.trainer.state.step
-        self._submit(wait=False)
-        if self._from_first(self.snapshot is not None):
-            _LOG.warning("step %d is not evaluated: the model before is still being written", step)
-            return
-        self.snapshot = step, Export(self.folder / EVALUATION_FOLDER / f"step_{step:09d}", self.preprocessing)
-        self.snapshot[1].begin(self.trainer.model)
-
-    def _submit(self, *, wait: bool) -> None:
-        """Asks for the evaluation of the last snapshot, if it is written."""
-        if self.snapshot is None or not (wait or self.snapshot[1].is_finished):
-            return
-        (step, snapshot), self.snapshot = self.snapshot, None
-        if snapshot.close() and self.evaluations is not None:
-            self.evaluations.submit(step, step / self.steps_per_epoch, snapshot.folder)
-
-    def _from_first(self, value: float) -> float:
-        """What rank 0 has, on all ranks."""
-        if self.world_size == 1:
-            return value
-        shared = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(shared, src=0)
-        return shared.item()
-
     def _report(self) -> None:
         """Sends what was not reported yet to the controller."""
         import ray.train
 
-        self._submit(wait=False)
-        evaluations = self.evaluations.collect() if self.evaluations is not None else []
+        evaluations = self.snapshots.collect()
         ray.train.report({"history": self.points, "evaluations": evaluations, "rewound_to": self.rewound_to})
         self.reported.append(self.points)
         self.points, self.rewound_to, self.report_is_due = [], None, False
@@ -378,8 +350,6 @@ class _Loop:
 
     def _resume(self) -> None:
         """Goes on from the newest checkpoint, and reports again what the controller may have missed."""
-        if self.rank == 0:  # what workers that died had not evaluated
-            shutil.rmtree(self.folder / EVALUATION_FOLDER, ignore_errors=True)
         if self._load() is None:
             return
         self.points = self.trainer.state.extra["history"]
@@ -409,9 +379,7 @@ class _Loop:
         self._settle_best()
         self._describe_model()
         export(self.trainer.model, self.folder / MODEL_FOLDER, self.preprocessing)
-        self._submit(wait=True)
-        if self.evaluations is not None:
-            self.evaluations.wait(LAST_EVALUATION_SECONDS)
+        self.snapshots.finish(LAST_EVALUATION_SECONDS)
         self._report()
 
     def _raise_not_finite(self, name: str, point: Point) -> None:
