@@ -127,8 +127,8 @@ class Cluster:
 
     def announce_loss(self, node: Node, seconds: int) -> None:
         """Tells the cluster that a node will be taken away, as a cloud does of a spot machine; it goes on meanwhile."""
-        commands = (Path(f"/proc/{pid}/cmdline").read_text() for pid in node.pids)
-        (node_id,) = {found[1] for command in commands if (found := re.search("--node_id=([0-9a-f]+)", command))}
+        commands = " ".join(command_of(pid) for pid in node.pids)
+        (node_id,) = set(re.findall("--node_id=([0-9a-f]+)", commands))
         command = [RAY, "drain-node", "--address", self.address, "--node-id", node_id, "--reason-message", "a test"]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(seconds)]
         subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=WAIT_SECONDS)
@@ -233,6 +233,14 @@ def _environments() -> Iterator[tuple[int, bytes]]:
         if folder.name.isdigit() and int(folder.name) != os.getpid():
             with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
                 yield int(folder.name), (folder / "environ").read_bytes()
+
+
+def command_of(pid: int) -> str:
+    """How a process calls itself; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def kill_all(pids: Callable[[], list[int]]) -> None:
