@@ -39,15 +39,20 @@ def describe_plan(run: Run, job: PretrainJob) -> str:
 def ending(run: Run, already: bool) -> str:
     """Where the results are and what to do next."""
     history = read_history(run.history)
-    loss = next(point["train/loss"] for point in reversed(history) if "train/loss" in point)
+    losses = [point["train/loss"] for point in history if "train/loss" in point]
     validated = [point for point in history if "val/loss" in point]
+    reached = f"training loss {losses[-1]:.4f}" if losses else f"no losses in {run.history}"
     seen = f"; validation explained variance {validated[-1]['val/explained_variance']:.3f}" if validated else ""
     lines = [
-        f"{'already complete' if already else 'done'}: training loss {loss:.4f}{seen}",
+        f"{'already complete' if already else 'done'}: {reached}{seen}",
         f"model    {run.output}   (SANE.from_pretrained reads it with torch alone)",
     ]
     best = min(validated, key=lambda point: point["val/loss"], default=None)
     if best is not None and best["step"] < run.total_steps:
         lines.append(f"best     {run.folder / BEST_FOLDER}   (validation loss was lower at step {best['step']})")
-    lines += [f"pictures {run.folder / 'plots'}", f"MLflow   {ui_command(default_uri(run.storage))}"]
+    lines += [
+        f"pictures {run.folder / 'plots'}",
+        f"MLflow   {ui_command(default_uri(run.storage))}",
+        f"next     python jobs/predict.py --model {run.folder} --store {run.worker.store}",
+    ]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ BEST_FOLDER = "model_best"
 """The model as it was when its validation loss was lowest."""
 
 FREE = (
-    *("log_every", "validate_every", "validation_windows", "checkpoint_every", "checkpoints_kept"),
+    *("log_every", "validate_every", "checkpoint_every", "checkpoints_kept"),
     *("evaluate_every", "evaluate_networks"),
     *("micro_batch", "compile", "activation_checkpointing", "sharding", "reshard"),
 )

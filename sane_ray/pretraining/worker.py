@@ -128,6 +128,8 @@ class _Loop:
         """Lowest validation loss of a model in ``BEST_FOLDER``."""
         self.validated: Point = {}
         """The last validation; with ``validate_every``, the end has its own."""
+        self.validated_at = 0
+        """Its step."""
         self.candidate: float | None = None
         """Validation loss of a better one on its way there."""
         self.spikes = self.rollbacks = 0
@@ -203,10 +205,12 @@ class _Loop:
             self.snapshots.take(self.trainer.model, step, step / self.steps_per_epoch)
         if saving or notice or self.report_is_due:
             self._report()
-        if step == self.total or notice == "first":
+        if step == self.total:
             self.checkpoints.save(self._state())
         elif saving or notice:
             self.checkpoints.begin(self._state())
+        if notice == "first":
+            self.checkpoints.finish()
         self.progress.restart()
 
     def _look(self) -> Literal["", "first", "again"]:
@@ -242,7 +246,8 @@ class _Loop:
         spikes = self.guard.look(points)
         self.spikes += len(spikes)
         if self.guard.unusable >= MOST_UNUSABLE:
-            self._raise_not_finite("train/gradient_norm", points[-1])
+            self.points += points
+            self._end_not_finite("train/gradient_norm")
         for spike in spikes if self.rank == 0 else ():
             _LOG.warning(
                 "step %d: the gradient's norm is %.3g, %.0f times the usual %.3g",
@@ -257,24 +262,26 @@ class _Loop:
         return spikes
 
     def _roll_back(self, spikes: list[Spike]) -> bool:
-        """Goes back to the last checkpoint, to leave out the batches of these steps; False if it does not.
+        """Goes back to the last checkpoint, to leave out the batch of the first of these spikes; False if it does not.
 
-        No loop: each time a batch more is left out, and after ``MOST_ROLLBACKS`` spikes are only recorded.
+        The others may have come of it. No loop: each time a batch more is left out, and after ``MOST_ROLLBACKS``
+        spikes are only recorded.
         """
         state = self.trainer.state
         if self.config.on_spike != "rollback" or self.rollbacks >= MOST_ROLLBACKS:
             return False
         self.checkpoints.finish()
-        known, counts = state.skipped, (self.spikes, self.rollbacks + 1)
+        known, counts, first = state.skipped, (self.spikes, self.rollbacks + 1), spikes[0].step
         if self._load() is None:
+            if self.rank == 0:
+                _LOG.warning("there is no checkpoint yet to go back to: the spike of step %d is only recorded", first)
             return False
-        state.skipped = sorted({*state.skipped, *known, *(spike.step - 1 for spike in spikes)})
+        state.skipped = sorted({*state.skipped, *known, first - 1})
         self.spikes, self.rollbacks = counts
         self.rewound_to = state.step
-        self.looked, self.next_look = (time.monotonic(), state.step), state.step
         self._end_stream()
         if self.rank == 0:
-            _LOG.warning("going back to step %d; the batches of these steps are left out from now on", state.step)
+            _LOG.warning("going back to step %d; the batch of step %d is left out from now on", state.step, first)
         self.progress.restart()
         return True
 
@@ -287,13 +294,17 @@ class _Loop:
         """Adds the validation to the last point, and keeps the model if it is the best so far."""
         if not self.validation:
             return
-        self.validated = measured = self.trainer.validate(self.validation)
-        self._last_point().update(measured)
-        if not math.isfinite(measured["val/loss"]):
-            self._raise_not_finite("val/loss", self._last_point())
+        self.validated, self.validated_at = self.trainer.validate(self.validation), self.trainer.state.step
+        self._last_point().update(self.validated)
+        if not math.isfinite(self.validated["val/loss"]):
+            self._end_not_finite("val/loss")
         self._settle_best()
-        if measured["val/loss"] < self.best:
-            self.candidate = measured["val/loss"]
+        self._keep_if_best()
+
+    def _keep_if_best(self) -> None:
+        """Begins to write the model just validated, if it is the best so far."""
+        if self.validated["val/loss"] < self.best:
+            self.candidate = self.validated["val/loss"]
             self._describe_model()
             self.best_model.begin(self.trainer.model)
 
@@ -342,6 +353,7 @@ class _Loop:
             "precision": str(self.trainer.precision),
             "guard": self.guard.state(),
             "validated": self.validated,
+            "validated_at": self.validated_at,
             "spikes": self.spikes,
             "rollbacks": self.rollbacks,
             "history": [point for report in self.reported for point in report],
@@ -349,11 +361,19 @@ class _Loop:
         return state
 
     def _resume(self) -> None:
-        """Goes on from the newest checkpoint, and reports again what the controller may have missed."""
-        if self._load() is None:
+        """Goes on from the newest checkpoint, and does again what was under way beside it and may have been lost.
+
+        That is the last reports, the best model, if it was that of this step, and the evaluation of the last model.
+        """
+        step = self._load()
+        if step is None:
             return
         self.points = self.trainer.state.extra["history"]
         self._report()
+        if self.validated and self.validated_at == step:
+            self._keep_if_best()
+        if self.config.evaluate_every and step == self.total:
+            self.snapshots.take(self.trainer.model, step, step / self.steps_per_epoch)
 
     def _load(self) -> int | None:
         """The step of the newest usable checkpoint, with the state and all that travels in it restored."""
@@ -370,8 +390,10 @@ class _Loop:
         if extra["precision"] != str(self.trainer.precision) and self.rank == 0:
             _LOG.warning("the run began in %s and goes on in %s", extra["precision"], self.trainer.precision)
         self.guard.restore(extra["guard"])
-        self.validated, self.spikes, self.rollbacks = extra["validated"], extra["spikes"], extra["rollbacks"]
+        self.validated, self.validated_at = extra["validated"], extra["validated_at"]
+        self.spikes, self.rollbacks = extra["spikes"], extra["rollbacks"]
         self.points = []
+        self.looked, self.next_look = (time.monotonic(), step), step
         return step
 
     def _finish(self) -> None:
@@ -382,11 +404,18 @@ class _Loop:
         self.snapshots.finish(LAST_EVALUATION_SECONDS)
         self._report()
 
-    def _raise_not_finite(self, name: str, point: Point) -> None:
+    def _end_not_finite(self, name: str) -> None:
+        """Reports the steps that led there, and ends the run.
+
+        Raises:
+            NotFinite: always.
+        """
+        point, clip = self._last_point(), self.config.gradient_clip
+        self._report()
+        clipping = "" if 0 < clip <= 1 else f", or set pretraining.gradient_clip ({clip:g}) to 1"
         raise NotFinite(
             f"{name} is {point[name]} at step {point['step']:g}: lower pretraining.learning_rate "
-            f"({self.config.learning_rate:g}), or set pretraining.gradient_clip ({self.config.gradient_clip:g}) to 1 "
-            "or less"
+            f"({self.config.learning_rate:g}){clipping}"
         )
 
     def _reader(self, config: WorkerConfig, store: TokenStore, split: str, batch_size: int, seed: int) -> WindowReader:
