@@ -390,7 +390,7 @@ class PretrainingConfig:
     validation_windows: int = 512
     """Windows of the fixed validation set, held in memory."""
 
-    checkpoint_every: float = 5.0
+    checkpoint_every: float = 1.0
     """Epochs between checkpoints, about, since they are rounded to whole steps (0.1: ten in an epoch); the end always
     writes one. They are written beside training: a crash costs at most the steps of two such intervals; when a node
     is announced to be taken away, one checkpoint is written after the other."""
