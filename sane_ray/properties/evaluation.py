@@ -55,7 +55,9 @@ def percentile_interval(draws_D: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def evaluate_numbers(truth_n: Array, predictions_Sn: Array, models_n: NDArray[Any], draws: int, seed: int) -> dict[str, Score]:
+def evaluate_numbers(
+    truth_n: Array, predictions_Sn: Array, models_n: NDArray[Any], draws: int, seed: int
+) -> dict[str, Score]:
     """R^2, Kendall's tau-b and mean absolute error.
 
     R^2 is 1 - mean(e^2) / var(truth) with the variance of these rows, as published.
@@ -102,7 +104,9 @@ def kendall_tau(truth_n: Array, prediction_n: Array) -> float:
         return float(kendalltau(truth_n, prediction_n).statistic)
 
 
-def _numbers(truth_n: Array, prediction_n: Array, index_n: Array, counts_DM: Array, seed: int) -> tuple[Score, Score, Score]:
+def _numbers(
+    truth_n: Array, prediction_n: Array, index_n: NDArray[np.intp], counts_DM: Array, seed: int
+) -> tuple[Score, Score, Score]:
     """R^2, MAE and tau of one seed's predictions."""
     centre = truth_n.mean()  # squares of what is centred do not cancel
     sums = (np.ones_like(truth_n), truth_n - centre, (truth_n - centre) ** 2, (truth_n - prediction_n) ** 2)
@@ -120,7 +124,7 @@ def _numbers(truth_n: Array, prediction_n: Array, index_n: Array, counts_DM: Arr
     )
 
 
-def _tau_draws(truth_n: Array, prediction_n: Array, index_n: Array, counts_DM: Array) -> Array:
+def _tau_draws(truth_n: Array, prediction_n: Array, index_n: NDArray[np.intp], counts_DM: Array) -> Array:
     """tau-b of each draw.
 
     A draw's concordant minus discordant pairs are sums over pairs of models of what the pair contributes, times how
@@ -145,7 +149,7 @@ def _of_pairs(pairs_nn: NDArray[np.int8], starts: NDArray[np.int64]) -> Array:
     return np.add.reduceat(by_row, starts, axis=1).astype(np.float64)
 
 
-def _tau_one_by_one(truth_n: Array, prediction_n: Array, index_n: Array, counts_DM: Array) -> Array:
+def _tau_one_by_one(truth_n: Array, prediction_n: Array, index_n: NDArray[np.intp], counts_DM: Array) -> Array:
     taus = np.full(len(counts_DM), np.nan)
     for draw, counts_M in enumerate(counts_DM[:DRAWS_OF_TAU]):
         rows = np.repeat(np.arange(len(truth_n)), counts_M[index_n].astype(int))
@@ -153,15 +157,15 @@ def _tau_one_by_one(truth_n: Array, prediction_n: Array, index_n: Array, counts_
     return taus
 
 
-def _draw(models_n: NDArray[Any], draws: int, seed: int) -> tuple[Array, NDArray[np.int64]]:
+def _draw(models_n: NDArray[Any], draws: int, seed: int) -> tuple[Array, NDArray[np.intp]]:
     """How often each model is in each draw, [D, M], and each row's model, [n]."""
     names, index_n = np.unique(models_n, return_inverse=True)
     counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     return counts.astype(np.float64) if len(names) > 1 else np.empty((0, 1)), index_n
 
 
-def _by_model(values_n: Array, index_n: NDArray[np.int64]) -> Array:
-    return np.bincount(index_n, weights=values_n)
+def _by_model(values_n: Array, index_n: NDArray[np.intp]) -> Array:
+    return np.bincount(index_n, weights=values_n).astype(np.float64)
 
 
 def _over_seeds(scores: Sequence[Score], chosen_D: NDArray[np.int64]) -> Score:

@@ -1,4 +1,4 @@
-"""Feature sets of a zoo's checkpoints, by the names that results use: ``statistics``, ``sane``, ``sane+statistics`` …
+"""Feature sets of a zoo's checkpoints, by the names that results use, such as ``sane+statistics``.
 
 A set is a sum of blocks. Weights are read off the token store, embeddings off what ``jobs/embed.py`` wrote. Rows of one
 length need one layout: architectures with the same kinds of layers in the same order have a column for each layer and
@@ -109,8 +109,8 @@ class Zoo:
         if not place.keys() <= set(ids):
             missing = next(identity for identity in place if identity not in set(ids))
             raise InputError(
-                f"the embeddings have a checkpoint {missing}, which the store {self.store.path} has not: name the store "
-                "that was embedded with --store"
+                f"the embeddings have a checkpoint {missing}, which the store {self.store.path} has not: "
+                "name the store that was embedded with --store"
             )
         return np.array([place.get(identity, -1) for identity in ids])
 

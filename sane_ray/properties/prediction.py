@@ -25,7 +25,7 @@ from sane_ray.config import PropertiesConfig, to_dict
 from sane_ray.errors import InputError
 from sane_ray.properties.evaluation import Score, evaluate_categories, evaluate_numbers, percentile_interval, r2_score
 from sane_ray.properties.features import PUBLISHED, FeatureSource, Unavailable, Zoo, parts
-from sane_ray.properties.probes import PROBES, Fit, Probe
+from sane_ray.properties.probes import PROBES, Boosting, Fit, Probe
 from sane_ray.properties.protocols import Part, Population
 from sane_ray.properties.targets import Target, find_target
 
@@ -81,6 +81,7 @@ class Prediction:
         last = self.config.epochs == "last"
         self._population = Population.of(self.zoos, last)
         self._source = FeatureSource(self.zoos)
+        self._fitted: dict[Any, Any] = {}
         self._targets = [self._find_target(name) for name in self.config.targets]
 
     def run(self) -> None:
@@ -119,7 +120,7 @@ class Prediction:
         columns = sum(len(block.columns) for block in blocks)
         values = {block.name: block.values_RF for block in blocks}
         for probe in self._probes():
-            fitted = PROBES[self._variant(probe, name)](values, self.config.refit)
+            fitted = self._probe(self._variant(probe, name), values)
             for part in self._parts(probe):
                 for target in self._targets:
                     if _reads(probe, target):
@@ -139,6 +140,12 @@ class Prediction:
         asked = self.config.ridge
         is_published = asked == "published" or (asked == "auto" and set(parts(features)) <= set(PUBLISHED))
         return "published" if probe == "ridge" and is_published else probe
+
+    def _probe(self, variant: str, values: dict[str, NDArray[Any]]) -> Probe:
+        models_R = self._population.model_R.astype(str)
+        if variant == "boosting":
+            return Boosting(values, models_R, fitted=self._fitted)
+        return PROBES[variant](values, models_R, self.config.refit)
 
     def _parts(self, probe: str) -> Iterator[Part]:
         yield self._population.split()
@@ -201,8 +208,7 @@ class Prediction:
     @property
     def notes(self) -> list[str]:
         """What the reader of the table should know, each once."""
-        notes = dict.fromkeys(judged.row["note"] for judged in self.judged if judged.row["note"])
-        return [note for joined in notes for note in [joined]]
+        return list(dict.fromkeys(judged.row["note"] for judged in self.judged if judged.row["note"]))
 
     @property
     def verdict(self) -> list[str]:
@@ -313,7 +319,9 @@ def _write(output: Path, content: dict[str, Any], prediction: Prediction) -> Non
     output.mkdir(parents=True, exist_ok=True)
     rows = pa.Table.from_pylist([judged.row for judged in prediction.judged], schema=ROW_SCHEMA)
     pq.write_table(rows, output / TABLE_FILE)
-    pq.write_table(pa.concat_tables([PREDICTION_SCHEMA.empty_table(), *prediction.predictions]), output / PREDICTIONS_FILE)
+    pq.write_table(
+        pa.concat_tables([PREDICTION_SCHEMA.empty_table(), *prediction.predictions]), output / PREDICTIONS_FILE
+    )
     staged = output / f"{RESULTS_FILE}.partial"
     staged.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     staged.replace(output / RESULTS_FILE)

@@ -44,7 +44,8 @@ class Part:
 
     def only(self, keep_R: NDArray[np.bool_]) -> Part:
         """Without the rows that are not kept."""
-        return replace(self, **{split: rows[keep_R[rows]] for split, rows in self.splits.items()})
+        train, val, test = (rows[keep_R[rows]] for rows in self.splits.values())
+        return replace(self, train=train, val=val, test=test)
 
     @property
     def splits(self) -> dict[str, Rows]:
@@ -56,7 +57,7 @@ class Part:
         for split, fewest in (("train", FEWEST_TRAIN), ("test", FEWEST_TEST)):
             count = len(np.unique(models_R[self.splits[split]].astype(str)))
             if count < fewest:
-                return f"the {split} split has {count} models, and {fewest} are needed: prepare a larger zoo, or another split"
+                return f"the {split} split has {count} models, and {fewest} are needed: take a larger zoo or other fractions"
         return ""
 
 
@@ -113,8 +114,8 @@ class Population:
             for tested, target in enumerate(self.zoos):
                 if trained != tested:
                     name = f"{source.name} -> {target.name}"
-                    fitted = (self.rows(split, trained) for split in ("train", "val"))
-                    yield Part("out-of-distribution", name, *fitted, self.rows("test", tested))
+                    train, val = (self.rows(split, trained) for split in ("train", "val"))
+                    yield Part("out-of-distribution", name, train, val, self.rows("test", tested))
 
 
 def _is_last(model_R: NDArray[np.object_], epoch_R: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -58,7 +58,9 @@ def spectral_metrics(matrices_BCF: NDArray[np.floating]) -> Array:
     eigenvalues_BE = np.linalg.svd(matrices_BCF.astype(np.float64), compute_uv=False)[:, ::-1] ** 2
     largest_B = np.where(eigenvalues_BE[:, -1] > 0, eigenvalues_BE[:, -1], np.nan)
     total_B = eigenvalues_BE.sum(axis=1)
-    log_norm, log_spectral = (np.log10(value, where=value > 0, out=np.full(len(value), np.nan)) for value in (total_B, largest_B))
+    log_norm, log_spectral = (
+        np.log10(value, where=value > 0, out=np.full(len(value), np.nan)) for value in (total_B, largest_B)
+    )
     alpha_B = fit_power_law(eigenvalues_BE)[0]
     return np.stack([log_norm, log_spectral, total_B / largest_B, alpha_B, alpha_B * log_spectral], axis=1)
 

@@ -97,7 +97,9 @@ def _number(name: str, column: str, values_R: NDArray[np.float64]) -> Target:
     if len(known) == 0:
         return _unusable(name, len(values_R), f"{column} is empty for every checkpoint", column)
     if np.ptp(known) == 0:
-        return _unusable(name, len(values_R), f"{column} is {known[0]:g} for every checkpoint: nothing to predict", column)
+        return _unusable(
+            name, len(values_R), f"{column} is {known[0]:g} for every checkpoint: nothing to predict", column
+        )
     return Target(name, column, "number", values_R, _missing(column, len(values_R) - len(known), len(values_R)))
 
 
@@ -105,10 +107,16 @@ def _category(name: str, column: str, values: list[str | None]) -> Target:
     known = [value for value in values if value is not None]
     classes = sorted(set(known))
     if len(classes) < 2:
-        what = f"is {classes[0]!r} for every checkpoint: nothing to predict" if classes else "is empty for every checkpoint"
+        what = (
+            f"is {classes[0]!r} for every checkpoint: nothing to predict"
+            if classes
+            else "is empty for every checkpoint"
+        )
         return _unusable(name, len(values), f"{column} {what}", column)
     if len(classes) > MOST_CATEGORIES:
-        reason = f"{column} is text with {len(classes)} values: neither a number nor one of at most {MOST_CATEGORIES} categories"
+        reason = (
+            f"{column} is text with {len(classes)} values: more than the {MOST_CATEGORIES} that a category may have"
+        )
         return _unusable(name, len(values), reason, column)
     texts = np.array(values, dtype=object)
     return Target(name, column, "category", texts, _missing(column, len(values) - len(known), len(values)))
