@@ -57,7 +57,7 @@ class Part:
         for split, fewest in (("train", FEWEST_TRAIN), ("test", FEWEST_TEST)):
             count = len(np.unique(models_R[self.splits[split]].astype(str)))
             if count < fewest:
-                return f"the {split} split has {count} models, and {fewest} are needed: take a larger zoo or other fractions"
+                return f"the {split} split has {count} models, and {fewest} are needed: take a larger zoo"
         return ""
 
 
