@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from typing import Any
 
 from sane_ray.cli import run_job
 from sane_ray.cluster import default_storage, local_path
-from sane_ray.config import PREDICTIONS, PredictJob
+from sane_ray.config import PREDICTIONS, EmbeddingConfig, PredictJob
+from sane_ray.embedding import Embeddings
+from sane_ray.embedding.writing import Plan, embed, is_complete, plan_store
 from sane_ray.errors import InputError
 from sane_ray.properties.features import EmbeddingTables, Zoo
 from sane_ray.properties.prediction import check_output, identity, predict, read_results
@@ -38,8 +41,14 @@ EXAMPLES = """examples:
 def main(job: PredictJob, dry_run: bool) -> None:
     """Predicts, unless the results are there; prints the table, the verdict, and where everything is."""
     storage = default_storage(job.storage)
-    if job.model and not job.embeddings:
-        job = embed_first(job, storage)
+    if job.model and job.embeddings:
+        raise InputError("--model embeds a store, and --embeddings are there already: name only one of them")
+    if job.model:
+        plan = embedding_plan(job, storage)
+        if dry_run and not is_complete(plan):
+            print(f"would embed {job.store} with {job.model} into {plan.output}, and then predict")
+            return
+        job = dataclasses.replace(job, embeddings=str(embed(plan).path))
     zoos = open_zoos(job)
     digest, settings = identity(zoos, job.properties)
     name = job.run_name or f"{zoos[0].name}-{digest}"
@@ -59,14 +68,19 @@ def main(job: PredictJob, dry_run: bool) -> None:
     print(ending(results, output, storage))
 
 
-def embed_first(job: PredictJob, storage: Path) -> PredictJob:
-    """The job with the embeddings of its store by its model, made unless they are there."""
-    # INTEGRATION: call the function that jobs/embed.py calls, with job.model, job.store and storage, and return
-    # dataclasses.replace(job, embeddings=<its folder>).
-    raise InputError(
-        "--model is not connected yet: run python jobs/embed.py --model MODEL --store STORE --output EMBEDDINGS, and "
-        "name --embeddings EMBEDDINGS"
-    )
+def embedding_plan(job: PredictJob, storage: Path) -> Plan:
+    """What ``jobs/embed.py --model MODEL --store STORE`` would do, into its default folder.
+
+    Raises:
+        InputError: No store is named, or it and the model do not fit.
+    """
+    if not job.store:
+        raise InputError("config field store is '': name the token store that --model embeds (--store)")
+    named, store = local_path(job.model, "model"), TokenStore.open(local_path(job.store, "store"))
+    is_run = (named / "model").is_dir() and not (named / "config.json").exists()
+    model = named / "model" if is_run else named
+    name = model.parent.name if model.name == "model" else model.name
+    return plan_store(model, store, storage / "embeddings" / f"{store.path.name}-{name}", EmbeddingConfig())
 
 
 def open_zoos(job: PredictJob) -> list[Zoo]:
@@ -102,10 +116,8 @@ def open_zoo(embeddings: str, store: str, prefix: str) -> Zoo:
     return Zoo(where.name, opened, embedded)
 
 
-def open_embeddings(folder: str, field: str) -> Any:
+def open_embeddings(folder: str, field: str) -> Embeddings:
     """What ``jobs/embed.py`` wrote."""
-    from sane_ray.embedding import Embeddings
-
     return Embeddings.open(local_path(folder, field))
 
 

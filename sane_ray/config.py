@@ -582,6 +582,69 @@ class PretrainJob:
 
 
 @dataclass(kw_only=True, frozen=True)
+class EmbeddingConfig:
+    """How networks are embedded: windows, number format, and what is kept."""
+
+    window: int = 0
+    """Tokens of a network that a window embeds, without its halo; 0 takes what is left of the training window, so that
+    a window with its halo is as long as those that the model was trained on."""
+
+    halo: int = 0
+    """Tokens on each side of them that a window reads for context alone."""
+
+    tokens: bool = False
+    """Also keep the embedding of every token: far more on disk than all the rest."""
+
+    token_dtype: Literal["float16", "float32"] = "float16"
+    """Number format that embeddings of tokens are kept in."""
+
+    reconstruction: bool = True
+    """Also decode, and measure the reconstruction error of every network and layer; without, it takes half the time."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the matrix products; `auto` takes bfloat16 on GPUs that have it and float32 elsewhere."""
+
+    tokens_at_once: int = 16384
+    """Tokens that go through the model together: those of many networks, or of some windows of a large one. With more
+    it needs more memory."""
+
+    def __post_init__(self) -> None:
+        _check(self.window >= 0, "embedding.window", self.window, "must not be negative")
+        _check(self.halo >= 0, "embedding.halo", self.halo, "must not be negative")
+        _check(self.tokens_at_once >= 1, "embedding.tokens_at_once", self.tokens_at_once, "must be at least 1")
+
+
+@dataclass(kw_only=True, frozen=True)
+class EmbedJob:
+    """Embed networks with a pretrained SANE: a table of models and a table of their layers, and tokens if asked for."""
+
+    model: str = ""
+    """Trained model: its folder, or that of the run that made it."""
+
+    store: str = ""
+    """Token store of the networks; this or `source`."""
+
+    source: str = ""
+    """Checkpoints to embed instead of a store: a folder, an archive, one file, or the catalog that an audit wrote."""
+
+    reader: str = "auto"
+    """Format of the source; `auto` recognises it."""
+
+    properties: str = ""
+    """CSV or Parquet of properties to join to the checkpoints of a source: a column `path` (relative to the source),
+    `id` or `model`, and a column for each property."""
+
+    output: str = ""
+    """Folder of the embeddings; empty is `<storage>/embeddings/<name of store or source>-<name of model>`."""
+
+    storage: str = ""
+    """Root of all results, shared by all nodes; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
+
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass(kw_only=True, frozen=True)
 class PropertiesConfig:
     """What is predicted, from which features, by which probes, and how it is judged."""
 

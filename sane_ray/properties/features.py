@@ -83,11 +83,17 @@ class Zoo:
 
     @cached_property
     def table(self) -> pa.Table:
-        """One row a checkpoint: id, model, epoch, split, architecture, and every property."""
-        if self.embeddings is not None:
-            return self.embeddings.models
-        assert self.store is not None
-        return self.store.models
+        """One row a checkpoint: id, model, epoch, split, architecture, and every property that is known."""
+        if self.embeddings is None:
+            assert self.store is not None
+            return self.store.models
+        table = self.embeddings.models
+        if self.store is not None:
+            order = np.argsort(self.rows_of_store, kind="stable")[len(self.store.models) - len(table) :]
+            for name in self.store.models.column_names:
+                if name not in table.column_names:
+                    table = table.append_column(name, self.store.models[name].take(order))
+        return table
 
     def __len__(self) -> int:
         return len(self.table)
@@ -105,7 +111,8 @@ class Zoo:
         """
         assert self.store is not None
         ids = self.store.models["id"].to_pylist()
-        place = {identity: row for row, identity in enumerate(self.table["id"].to_pylist())}
+        rows = self.store.models if self.embeddings is None else self.embeddings.models
+        place = {identity: row for row, identity in enumerate(rows["id"].to_pylist())}
         if not place.keys() <= set(ids):
             missing = next(identity for identity in place if identity not in set(ids))
             raise InputError(
