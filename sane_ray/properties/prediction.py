@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -232,7 +233,9 @@ def compare(larger: Judged, smaller: Judged) -> str:
     first, second = larger.scores[metric], smaller.scores[metric]
     difference = first.value - second.value
     low, high = percentile_interval(first.draws_D - second.draws_D)
-    if difference >= 0:
+    if _without_sane(larger.row["choice"]):
+        says = "is s(W) alone, as held-out models gave SANE no weight"
+    elif difference >= 0:
         says = "is at least as good as s(W) alone"
     elif high >= 0:
         says = "is not told apart from s(W) alone"
@@ -242,6 +245,13 @@ def compare(larger: Judged, smaller: Judged) -> str:
         f"{larger.row['target']}, {larger.row['probe']}: SANE with s(W) {says}: {label} {first.value:.3f} "
         f"[{first.interval[0]:.3f}, {first.interval[1]:.3f}] against {second.value:.3f} "
         f"[{second.interval[0]:.3f}, {second.interval[1]:.3f}], difference {difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+    )
+
+
+def _without_sane(choice: str) -> bool:
+    """Whether every fit chose statistics alone."""
+    return all(
+        re.search(r"\bsane 0(\.00)?,.*all 0\.00|penalty.*\bsane 0,|of statistics$", one) for one in choice.split("; ")
     )
 
 
