@@ -83,6 +83,7 @@ class Prediction:
         self._population = Population.of(self.zoos, last)
         self._source = FeatureSource(self.zoos)
         self._fitted: dict[Any, Any] = {}
+        self._columns: dict[str, NDArray[Any]] = {}
         self._targets = [self._find_target(name) for name in self.config.targets]
 
     def run(self) -> None:
@@ -204,7 +205,9 @@ class Prediction:
         return pa.table(columns, schema=PREDICTION_SCHEMA)
 
     def _column(self, name: str) -> NDArray[Any]:
-        return np.concatenate([zoo.column(name) for zoo in self.zoos])
+        if name not in self._columns:
+            self._columns[name] = np.concatenate([zoo.column(name) for zoo in self.zoos])
+        return self._columns[name]
 
     @property
     def notes(self) -> list[str]:

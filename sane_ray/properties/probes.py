@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -37,6 +37,9 @@ FEW_BLOCK_WEIGHTS = (1.0, 0.125, 0.0)
 
 LARGEST_DEVIATION = 10.0
 """Standardised features are clipped here: one network that diverged should not decide a fit."""
+
+MOST_KEPT_VALUES = 50_000_000
+"""Decompositions are kept for the next target up to so many float64 values, 400 MB."""
 
 COMPONENTS = 32
 """Wider blocks are rotated to so many principal components before trees are grown: they are strongly correlated."""
@@ -173,7 +176,7 @@ class BlockRidge:
     def __init__(self, blocks: Mapping[str, NDArray[Any]], models_R: NDArray[Any], refit: Refit = "train") -> None:
         self._names, self._blocks = list(blocks), [np.asarray(block, np.float64) for block in blocks.values()]
         self._models_R, self._refit = models_R, refit
-        self._paths = _cached(lambda train: list(self._decompose(train, block_weights(len(blocks)))))
+        self._kept_paths = _cached(lambda train: list(self._decompose(train, block_weights(len(blocks)))))
 
     def __call__(self, target_R: NDArray[Any], train: Rows, val: Rows, seed: int = 0) -> Fit:
         """See ``Probe``; nothing is random."""
@@ -194,6 +197,14 @@ class BlockRidge:
         rows = np.concatenate([train, val])
         ((_, path),) = self._decompose(rows, [weights])
         return Fit(_centred(path, target_R[rows], [penalty])[0], choice)
+
+    def _paths(self, train: Rows) -> Iterable[tuple[tuple[float, ...], RidgePath]]:
+        """A path for each choice of weights; kept for the next target, unless that takes too much memory."""
+        choices = block_weights(len(self._blocks))
+        components = min(sum(block.shape[1] for block in self._blocks), len(train))
+        if len(self._models_R) * components * len(choices) <= MOST_KEPT_VALUES:
+            return self._kept_paths(train)
+        return self._decompose(train, choices)
 
     def _decompose(
         self, train: Rows, choices: Sequence[tuple[float, ...]]
@@ -465,7 +476,7 @@ def _best(target: Array, predictions_PR: Array) -> tuple[int, float]:
 def _cached(compute: Callable[[Rows], Any]) -> Callable[[Rows], Any]:
     """What depends on the training rows alone, kept for the next target that has the same."""
 
-    @lru_cache(maxsize=2)
+    @lru_cache(maxsize=1)
     def by_bytes(rows: bytes) -> Any:
         return compute(np.frombuffer(rows, np.int64))
 
