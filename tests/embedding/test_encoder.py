@@ -140,7 +140,7 @@ def test_quantiles_of_very_many_tokens_are_near_those_of_all(known_store, table,
 @pytest.mark.parametrize(("tokens", "count"), [(100, 12), (70_000, 65_536), (13, 12)])
 def test_a_sample_is_spread_over_all_tokens_and_has_none_twice(tokens, count):
     chosen = encoder._spread(tokens, count)
-    assert len(np.unique(chosen)) == count and 0 <= chosen[0] and chosen[-1] < tokens
+    assert len(np.unique(chosen)) == count and chosen[0] >= 0 and chosen[-1] < tokens
     assert np.abs(chosen - np.arange(count) * tokens / count).max() <= tokens / count
     assert np.array_equal(chosen, encoder._spread(tokens, count))
 
