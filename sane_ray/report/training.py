@@ -1,8 +1,4 @@
-"""Plots of a run, as files: losses, reconstructed weights, and what reconstructed models still can do.
-
-Each ``plot_*`` writes a PNG and an SVG of the same name; each ``*_figure`` gives the figure, for notebooks. Never uses
-pyplot, so nothing here depends on a display or changes a notebook's figures, and never reads a run itself.
-"""
+"""Plots of a training run: losses, reconstructed weights, and what reconstructed models still can do."""
 
 from __future__ import annotations
 
@@ -13,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sane_ray.report.style import BLUE, GREEN, GREY, INK, ORANGE, SCATTER_LIMIT, clean, label_axes, new_figure, save
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Point = Mapping[str, Any]
 """One step of a run's history: ``step``, ``train/loss``, ``val/loss`` ... by the names that MLflow shows."""
-
-INK, GREY, GRID = "#222222", "#6b6b6b", "#e4e4e4"
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
-"""Okabe-Ito colours, which colour-blind readers tell apart."""
 
 LOSSES = (("loss", "total", BLUE), ("loss_recon", "reconstruction", ORANGE), ("loss_contrast", "contrastive", GREEN))
 """Field of a point, its name for a reader, its colour."""
@@ -37,11 +31,6 @@ EVALUATIONS = (
 SMOOTHING = 50
 """The smoothed curve averages over about this share of the steps (1/50)."""
 
-SCATTER_LIMIT = 3000
-"""More weights than this in one panel are drawn as a density."""
-
-DPI = 150
-
 
 def plot_losses(history: Sequence[Point], path: Path) -> list[Path]:
     """Draws losses, explained variance and learning rate over the steps of a run; see `losses_figure`.
@@ -53,7 +42,7 @@ def plot_losses(history: Sequence[Point], path: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    return _save(losses_figure(history), path)
+    return save(losses_figure(history), path)
 
 
 def plot_reconstruction(
@@ -63,39 +52,39 @@ def plot_reconstruction(
     title: str = "Reconstructed weights",
 ) -> list[Path]:
     """Draws true against reconstructed weights, a panel a layer; see `reconstruction_figure` and `plot_losses`."""
-    return _save(reconstruction_figure(original, reconstructed, title), path)
+    return save(reconstruction_figure(original, reconstructed, title), path)
 
 
 def plot_accuracies(original: np.ndarray, reconstructed: np.ndarray, path: Path) -> list[Path]:
     """Draws the accuracy of models against that of their reconstructions; see `accuracies_figure` and `plot_losses`."""
-    return _save(accuracies_figure(original, reconstructed), path)
+    return save(accuracies_figure(original, reconstructed), path)
 
 
 def plot_evaluations(history: Sequence[Point], path: Path) -> list[Path]:
     """Draws what reconstructed networks still can do, over a run's steps; see `evaluations_figure`, `plot_losses`."""
-    return _save(evaluations_figure(history), path)
+    return save(evaluations_figure(history), path)
 
 
 def losses_figure(history: Sequence[Point]) -> Figure:
     """Three panels over steps: losses (raw and smoothed, validation as markers), explained variance, learning rate."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, (losses, variance, rate) = _figure(3, 1, (8, 9), sharex=True, height_ratios=(2.2, 1.2, 0.8))
+    figure, (losses, variance, rate) = new_figure(3, 1, (8, 9), sharex=True, height_ratios=(2.2, 1.2, 0.8))
     for field, label, colour in LOSSES:
         _curve(losses, *_series(history, f"train/{field}"), colour, f"{label}, training")
     for field, label, colour in LOSSES:
         _markers(losses, *_series(history, f"val/{field}"), colour, f"{label}, validation")
     _log_if_wide(losses, history)
-    _label(losses, "Losses", ylabel="loss", legend_columns=2)
+    label_axes(losses, "Losses", ylabel="loss", legend_columns=2)
     _curve(variance, *_series(history, "train/explained_variance"), BLUE, "training")
     _markers(variance, *_series(history, "val/explained_variance"), BLUE, "validation")
     _unit_floor(variance)
-    _label(variance, "Explained variance of the weights", ylabel="explained variance")
+    label_axes(variance, "Explained variance of the weights", ylabel="explained variance")
     steps, values = _series(history, "train/learning_rate")
     rate.plot(steps, values, color=INK, linewidth=1.4, marker=_marker(steps))
     rate.yaxis.set_major_formatter("{x:g}")
     rate.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label(rate, "Learning rate", ylabel="learning rate", xlabel="training step")
+    label_axes(rate, "Learning rate", ylabel="learning rate", xlabel="training step")
     if not history:
         losses.text(0.5, 0.5, "no step yet", transform=losses.transAxes, ha="center", color=GREY)
     return figure
@@ -110,7 +99,7 @@ def evaluations_figure(history: Sequence[Point]) -> Figure:
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(1, 1, (8, 4.2))
+    figure, axes = new_figure(1, 1, (8, 4.2))
     for field, label, colour in EVALUATIONS:
         steps, values = _series(history, f"eval/{field}")
         goal = field == "accuracy_original"
@@ -118,7 +107,7 @@ def evaluations_figure(history: Sequence[Point]) -> Figure:
         axes.plot(steps, 100 * values, style, color=colour, linewidth=1.6, marker=marker, markersize=4, label=label)
     axes.set_ylim(-2, 102)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label(axes, "Held-out networks after reconstruction", ylabel="test images (%)", xlabel="training step")
+    label_axes(axes, "Held-out networks after reconstruction", ylabel="test images (%)", xlabel="training step")
     return figure
 
 
@@ -139,7 +128,7 @@ def reconstruction_figure(
         raise ValueError(f"layers differ or are none: {list(original)} and {list(reconstructed)}")
     columns = min(4, math.ceil(math.sqrt(len(original))))
     rows = math.ceil(len(original) / columns)
-    figure, grid = _figure(rows, columns, (3.1 * columns + 0.6, 3.2 * rows + 0.7), squeeze=False)
+    figure, grid = new_figure(rows, columns, (3.1 * columns + 0.6, 3.2 * rows + 0.7), squeeze=False)
     for axes, name in zip(grid.flat, original, strict=False):
         _weights(axes, name, np.asarray(original[name]).ravel(), np.asarray(reconstructed[name]).ravel())
     for axes in grid.flat[len(original) :]:
@@ -159,14 +148,14 @@ def accuracies_figure(original: np.ndarray, reconstructed: np.ndarray) -> Figure
     before, after = np.asarray(original, dtype=float), np.asarray(reconstructed, dtype=float)
     if before.shape != after.shape or before.ndim != 1:
         raise ValueError(f"accuracies need one value a model in both: shapes {before.shape} and {after.shape}")
-    figure, axes = _figure(1, 1, (5.6, 5.4))
+    figure, axes = new_figure(1, 1, (5.6, 5.4))
     axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle="--", label="equal accuracy", zorder=1)
     label = f"one of {len(before)} models"
     if len(before):
         label += f" (mean change {100 * np.mean(after - before):+.1f} points)"
     axes.scatter(100 * before, 100 * after, s=26, color=BLUE, alpha=0.65, linewidths=0, label=label, zorder=2)
     axes.set(xlim=(-2, 102), ylim=(-2, 102), aspect="equal")
-    _label(
+    label_axes(
         axes,
         "Accuracy after reconstruction",
         xlabel="accuracy of the original model (%)",
@@ -191,43 +180,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     first, last = np.maximum(middle - reach, 0), np.minimum(middle + reach + 1, len(values))
     counted = count[last] - count[first]
     return np.where(counted > 0, (total[last] - total[first]) / np.maximum(counted, 1), np.nan)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, **options)
-
-
-def _save(figure: Figure, path: Path) -> list[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    for file in files:
-        figure.savefig(file, dpi=DPI)
-    return files
-
-
-def _label(axes: Axes, title: str, *, ylabel: str, xlabel: str = "", legend_columns: int = 1) -> None:
-    """Title, names of the axes, grid and legend in the one style of all plots."""
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_ylabel(ylabel, color=INK)
-    if xlabel:
-        axes.set_xlabel(xlabel, color=INK)
-    _clean(axes)
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(handles, labels, ncols=legend_columns, frameon=False, fontsize=8.5)
-
-
-def _clean(axes: Axes) -> None:
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=GREY, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#b0b0b0")
 
 
 def _series(history: Sequence[Point], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -298,4 +250,4 @@ def _weights(axes: Axes, name: str, original: np.ndarray, reconstructed: np.ndar
     value = explained_variance(original, reconstructed)
     density = " (darker: more)" if original.size > SCATTER_LIMIT else ""
     axes.set_title(f"{name}\nR² = {value:.3f}, {original.size:,} weights{density}", fontsize=9, color=INK, loc="left")
-    _clean(axes)
+    clean(axes)

@@ -1,0 +1,83 @@
+"""The one style of all plots: colours, fresh figures, labelled axes, and saving as PNG and SVG. Never uses pyplot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, GREY, GRID = "#222222", "#6b6b6b", "#e4e4e4"
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+"""Okabe-Ito colours, which colour-blind readers tell apart."""
+
+CYCLE = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", INK, "#a08a00")
+"""Colours of categories, in their order; the last is Okabe-Ito's yellow, darkened to be read on white."""
+
+SEQUENTIAL, DIVERGING = "viridis", "PuOr"
+"""Colour maps of numbers, and of numbers around a zero."""
+
+SCATTER_LIMIT = 3000
+"""More points than this in one panel are drawn as a density."""
+
+DPI = 150
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """A figure with panels that belongs to no display.
+
+    Args:
+        rows: rows of panels.
+        columns: panels in a row.
+        size: width and height, in inches.
+        **options: passed to ``Figure.subplots``.
+
+    Returns:
+        The figure, and its panels as ``Figure.subplots`` gives them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Writes `path` with its ending replaced by ``.png`` and ``.svg``, in a folder made if missing; the two files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    for file in files:
+        figure.savefig(file, dpi=DPI)
+    return files
+
+
+def label_axes(axes: Axes, title: str, *, ylabel: str, xlabel: str = "", legend_columns: int = 1) -> None:
+    """Title, names of the axes, grid and, where something has a label, the legend."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    if xlabel:
+        axes.set_xlabel(xlabel, color=INK)
+    clean(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(handles, labels, ncols=legend_columns, frameon=False, fontsize=8.5)
+
+
+def clean(axes: Axes) -> None:
+    """A light grid behind the data, and no box around it."""
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=GREY, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b0b0b0")
+
+
+def shorten(text: str, length: int = 28) -> str:
+    """Text of at most `length` characters; what is cut out of its middle becomes one ``…``."""
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:] if tail else ''}"
