@@ -51,8 +51,15 @@ MOST_WEIGHTS = 100_000_000
 class EmbeddingTables(Protocol):
     """The part of ``sane_ray.embedding.Embeddings`` that is read here."""
 
-    index: dict[str, Any]
-    models: pa.Table
+    @property
+    def index(self) -> dict[str, Any]:
+        """What they are of: ``latent_dim``, ``architectures`` and more."""
+        ...
+
+    @property
+    def models(self) -> pa.Table:
+        """One row a checkpoint."""
+        ...
 
     def vectors(self, name: str) -> NDArray[np.float32]:
         """A summary over the tokens of each checkpoint, [R, L]."""
