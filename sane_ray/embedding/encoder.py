@@ -327,5 +327,5 @@ def _quantile(ordered_RnL: Tensor, quantile: float) -> Tensor:
 
 def _spread(tokens: int, count: int) -> NDArray[np.int64]:
     """So many different tokens in order, one drawn from each of equal stretches; always the same."""
-    offsets = np.random.default_rng(0).random(count)
-    return ((np.arange(count) + offsets) * (tokens / count)).astype(np.int64)
+    bounds = np.arange(count + 1) * tokens // count
+    return np.random.default_rng(0).integers(bounds[:-1], bounds[1:])

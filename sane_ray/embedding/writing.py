@@ -256,8 +256,6 @@ def _on_ray(settings: Settings, units: Sequence[Unit], resources: Resources) -> 
         ),
         num_cpus=resources.cpus_per_worker,
         num_gpus=1 if resources.gpu else 0,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     for row in dataset.iter_rows():
         yield by_number[int(row["number"])], str(row["error"])
