@@ -215,7 +215,7 @@ def importances_figure(drops: Mapping[str, Sequence[tuple[str, float, float]]]) 
     return figure
 
 
-def _lines(axes: Axes, depth: Array, values_RK: Array, colour: str, *, named: bool) -> None:
+def _lines(axes: Axes, depth: NDArray[Any], values_RK: Array, colour: str, *, named: bool) -> None:
     median = _quantile(values_RK, 50)
     if len(values_RK) > MOST_LINES:
         low, high = _quantile(values_RK, 25), _quantile(values_RK, 75)
@@ -265,9 +265,16 @@ def _coloured(figure: Figure, axes: Axes, points_R2: Array, values: list[Any]) -
         return
     numbers = np.array([np.nan if value is None else float(value) for value in values])
     known = np.isfinite(numbers)
-    axes.scatter(*points_R2[~known].T, s=10, color="#cccccc", linewidths=0, zorder=2)
+    axes.scatter(points_R2[~known, 0], points_R2[~known, 1], s=10, color="#cccccc", linewidths=0, zorder=2)
     marks = axes.scatter(
-        *points_R2[known].T, c=numbers[known], s=14, cmap=SEQUENTIAL, linewidths=0, alpha=0.85, zorder=2
+        points_R2[known, 0],
+        points_R2[known, 1],
+        c=numbers[known],
+        s=14,
+        cmap=SEQUENTIAL,
+        linewidths=0,
+        alpha=0.85,
+        zorder=2,
     )
     figure.colorbar(marks, ax=axes, pad=0.02)
 
@@ -277,10 +284,13 @@ def _categories(axes: Axes, points_R2: Array, values: list[str]) -> None:
     kept = [str(name) for name in names[np.argsort(-counts, kind="stable")][:MOST_CATEGORIES]]
     for name, colour in zip(kept, CYCLE, strict=False):
         of_name = np.array([value == name for value in values])
-        axes.scatter(*points_R2[of_name].T, s=12, color=colour, linewidths=0, alpha=0.8, label=shorten(name), zorder=2)
+        where = points_R2[of_name]
+        label = shorten(name)
+        axes.scatter(where[:, 0], where[:, 1], s=12, color=colour, linewidths=0, alpha=0.8, label=label, zorder=2)
     others = np.array([value not in kept for value in values])
     if others.any():
-        axes.scatter(*points_R2[others].T, s=8, color="#cccccc", linewidths=0, label="others", zorder=1.5)
+        where = points_R2[others]
+        axes.scatter(where[:, 0], where[:, 1], s=8, color="#cccccc", linewidths=0, label="others", zorder=1.5)
 
 
 def _dots(axes: Axes, rows: Sequence[Row], metric: str, heights: Sequence[float], probe: str) -> None:

@@ -64,6 +64,17 @@ def test_embeddings_are_those_of_the_published_encoder(parity):
         np.testing.assert_allclose(y[0].numpy(), data["y"][row], atol=1e-6)
 
 
+def plain_shape(z):
+    """The numbers of SHAPE of [n, L] by plain formulas."""
+    lengths, centred = np.linalg.norm(z, axis=1), z - z.mean(0)
+    variances = np.zeros(max(4, z.shape[1]))
+    variances[: z.shape[1]] = np.sort(np.linalg.eigvalsh(centred.T @ centred / len(z)).clip(0))[::-1]
+    shares = variances[variances > 1e-12] / max(variances.sum(), 1e-30)
+    quantiles = np.quantile(lengths, [0.01, 0.25, 0.5, 0.75, 0.99])
+    rank = np.exp(-(shares * np.log(shares)).sum())
+    return [lengths.mean(), lengths.std(), *quantiles, np.linalg.norm(z.mean(0)), rank, *variances[:4]]
+
+
 @pytest.mark.parametrize(("window", "halo", "at_once"), [(0, 0, 0), (4, 3, 0), (10, 0, 1), (0, 4, 25), (500, 0, 7)])
 def test_summaries_are_what_plain_formulas_say_however_the_work_is_cut(
     known_store, table, tokens, window, halo, at_once
@@ -88,6 +99,7 @@ def test_summaries_are_what_plain_formulas_say_however_the_work_is_cut(
         expected = [part.mean(1), part.std(1), *np.quantile(part, [0.01, 0.25, 0.5, 0.75, 0.99], axis=1)]
         for name, values in zip(VECTORS, expected, strict=True):
             np.testing.assert_allclose(summary.vectors[name][:, number], values, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(summary.shape[:, number], [plain_shape(one) for one in part], rtol=2e-3, atol=2e-5)
         signal = torch.from_numpy(table.signal_counts[rows])
         for row in range(len(tokens)):
             sums = explained_variance_sums(decoded[row, rows][None], tokens[row, rows][None], signal[None])
