@@ -1,0 +1,92 @@
+"""The embedding job as a user runs it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sane_ray.config import EmbedJob
+from sane_ray.embedding import Embeddings
+from sane_ray.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "embedding"))
+from embedding_networks import make_model, make_store, other_network, write_zoo  # noqa: E402
+
+SPEC = importlib.util.spec_from_file_location("embed", ROOT / "jobs" / "embed.py")
+assert SPEC is not None and SPEC.loader is not None
+embed = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(embed)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A zoo, its store, and a run with a model."""
+    folder = tmp_path_factory.mktemp("made")
+    zoo = write_zoo(folder / "zoo")
+    store = make_store(zoo, folder / "store")
+    make_model(store, max_positions=[99, 9, 99]).save_pretrained(folder / "runs" / "calm" / "model")
+    return folder
+
+
+def test_a_store_is_embedded_once_with_the_model_of_a_run(made, tmp_path, capsys):
+    job = EmbedJob(model=str(made / "runs/calm"), store=str(made / "store"), storage=str(tmp_path))
+    embed.main(job, True)
+    planned = capsys.readouterr().out
+    assert "would embed 12 checkpoints" in planned and "nothing was started" in planned and not list(tmp_path.iterdir())
+    embed.main(job, False)
+    folder = tmp_path / "embeddings" / "store-calm"
+    command = f"next: python jobs/predict.py --embeddings {folder} --store {made / 'store'}"
+    printed = capsys.readouterr().out
+    assert f"embeddings {folder}: 12 checkpoints, 60 layers, 6 values each; {command}" in printed
+    embed.main(job, False)
+    assert "nothing to do" in capsys.readouterr().out
+    assert len(Embeddings.open(folder).models) == 12
+
+
+def test_one_file_of_an_unknown_architecture_is_embedded_with_a_warning(made, tmp_path, capsys):
+    save_file(other_network(), tmp_path / "other.safetensors")
+    job = EmbedJob(
+        model=str(made / "runs/calm/model"), source=str(tmp_path / "other.safetensors"), output=str(tmp_path / "out")
+    )
+    embed.main(job, False)
+    printed = capsys.readouterr().out
+    assert "warning: 1 checkpoints have the architecture network-" in printed and "was not trained on" in printed
+    assert Embeddings.open(tmp_path / "out").models["trained_on"].to_pylist() == [False]
+
+
+def test_what_was_left_out_is_told_with_the_reason(made, tmp_path, capsys):
+    zoo = write_zoo(tmp_path / "zoo", known=2)
+    save_file({"fc.weight": torch.zeros(500, 3)}, zoo / "large.safetensors")
+    embed.main(EmbedJob(model=str(made / "runs/calm"), source=str(zoo), output=str(tmp_path / "out")), False)
+    printed = capsys.readouterr().out
+    assert "left out large/0: it needs 500 positions" in printed and "2 checkpoints, 10 layers" in printed
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "config field model is ''"),
+        ({"model": "m"}, "name one of them"),
+        ({"model": "m", "store": "s", "source": "z"}, "store is 's' and source is 'z'"),
+        ({"model": "nowhere", "store": "s"}, "s does not exist|nowhere is not a folder"),
+        ({"model": "s3://m", "store": "s"}, "object stores cannot be used directly"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        embed.main(EmbedJob(**fields, storage=str(tmp_path)), False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_ends_with_status_2_on_bad_input(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "jobs/embed.py"), "--model", str(tmp_path), "--source", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    assert "Traceback" not in done.stderr
