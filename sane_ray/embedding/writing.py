@@ -46,11 +46,14 @@ from sane_ray.embedding.preprocessing import Preprocessing
 from sane_ray.embedding.reading import FORMAT, INDEX_FILE, VERSION, Embeddings, read_index
 from sane_ray.errors import InputError
 from sane_ray.preflight import Resources, preflight
-from sane_ray.tokens.store.inputs import SMALL_BYTES, SMALL_CHECKPOINTS, look
+from sane_ray.tokens.store.inputs import SMALL_BYTES, look
 from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.tokens.store.reading import TokenStore, file_digest, json_digest
 from sane_ray.zoo.readers import Record, bare
 from sane_ray.zoo.tables import text_column, value_columns
+
+SMALL_CHECKPOINTS = 20_000
+"""So many, if they are small too, are embedded in this process in less time than Ray takes to start."""
 
 IDENTITY_FILE = "identity.json"
 _LOCK = ".lock"
