@@ -581,6 +581,207 @@ class PretrainJob:
         )
 
 
+@dataclass(kw_only=True, frozen=True)
+class EmbeddingConfig:
+    """How networks are embedded: windows, number format, and what is kept."""
+
+    window: int = 0
+    """Tokens of a network that a window embeds, without its halo; 0 takes what is left of the training window, so that
+    a window with its halo is as long as those that the model was trained on."""
+
+    halo: int = 0
+    """Tokens on each side of them that a window reads for context alone."""
+
+    tokens: bool = False
+    """Also keep the embedding of every token: far more on disk than all the rest."""
+
+    token_dtype: Literal["float16", "float32"] = "float16"
+    """Number format that embeddings of tokens are kept in."""
+
+    reconstruction: bool = True
+    """Also decode, and measure the reconstruction error of every network and layer; without, it takes half the time."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the matrix products; `auto` takes bfloat16 on GPUs that have it and float32 elsewhere."""
+
+    tokens_at_once: int = 16384
+    """Tokens that go through the model together: those of many networks, or of some windows of a large one. With more
+    it needs more memory."""
+
+    def __post_init__(self) -> None:
+        _check(self.window >= 0, "embedding.window", self.window, "must not be negative")
+        _check(self.halo >= 0, "embedding.halo", self.halo, "must not be negative")
+        _check(self.tokens_at_once >= 1, "embedding.tokens_at_once", self.tokens_at_once, "must be at least 1")
+
+
+@dataclass(kw_only=True, frozen=True)
+class EmbedJob:
+    """Embed networks with a pretrained SANE: a table of models and a table of their layers, and tokens if asked for."""
+
+    model: str = ""
+    """Trained model: its folder, or that of the run that made it."""
+
+    store: str = ""
+    """Token store of the networks; this or `source`."""
+
+    source: str = ""
+    """Checkpoints to embed instead of a store: a folder, an archive, one file, or the catalog that an audit wrote."""
+
+    reader: str = "auto"
+    """Format of the source; `auto` recognises it."""
+
+    properties: str = ""
+    """CSV or Parquet of properties to join to the checkpoints of a source: a column `path` (relative to the source),
+    `id` or `model`, and a column for each property."""
+
+    output: str = ""
+    """Folder of the embeddings; empty is `<storage>/embeddings/<name of store or source>-<name of model>`."""
+
+    storage: str = ""
+    """Root of all results, shared by all nodes; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
+
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass(kw_only=True, frozen=True)
+class PropertiesConfig:
+    """What is predicted, from which features, by which probes, and how it is judged."""
+
+    targets: list[str] = field(default_factory=lambda: ["test_acc", "epoch", "ggap"])
+    """Properties to predict, by name: a property of the store, `epoch`, `ggap` (train_acc - test_acc), or a setting of
+    the training such as `nlin`. Texts are categories, and are classified."""
+
+    features: list[str] = field(
+        default_factory=lambda: [
+            "statistics_published",
+            "sane_mean",
+            "statistics",
+            "sane",
+            "sane+statistics",
+            "spectral",
+            "sane+statistics+spectral",
+        ]
+    )
+    """Feature sets, sums of `sane`, `sane_mean`, `statistics`, `statistics_published`, `spectral` and `weights`."""
+
+    probes: list[Literal["ridge", "boosting"]] = field(default_factory=lambda: ["ridge", "boosting"])
+    """Probes of numbers; categories take logistic regression."""
+
+    ridge: Literal["auto", "published", "blocks"] = "auto"
+    """`published`: the closed form of the paper, without standardisation; `blocks`: standardised, with a weight for
+    each block of features that validation chooses; `auto`: published for `weights`, `statistics_published` and
+    `sane_mean` alone, blocks for the others."""
+
+    refit: Literal["train", "train_val"] = "train"
+    """What a ridge is fitted on once validation has chosen: `train`, as published, or `train_val`."""
+
+    epochs: Literal["all", "last"] = "all"
+    """Which checkpoints of a model count."""
+
+    leave_one_epoch: bool = True
+    """Also train on all epochs but one and test on that one (ridge alone)."""
+
+    seeds: int = 3
+    """Fits of each boosting, which differ in the columns that a split may use; ridge and logistic regression have no
+    randomness and are fitted once."""
+
+    bootstrap: int = 1000
+    """Draws of models behind each 95 % interval."""
+
+    seed: int = 0
+    """Of the draws, and the first of the boostings."""
+
+    def __post_init__(self) -> None:
+        known = ("sane", "sane_mean", "statistics", "statistics_published", "spectral", "weights")
+        for name in self.features:
+            parts = name.split("+")
+            known_parts = set(parts) <= set(known) and len(set(parts)) == len(parts)
+            _check(known_parts, "properties.features", name, f"must be a sum of different {', '.join(known)}")
+        for entry in ("targets", "features", "probes"):
+            values = getattr(self, entry)
+            _check(len(values) > 0, f"properties.{entry}", values, "must name at least one")
+            _check(len(set(values)) == len(values), f"properties.{entry}", values, "must name each only once")
+        _check(self.seeds >= 1, "properties.seeds", self.seeds, "must be at least 1")
+        _check(self.bootstrap >= 1, "properties.bootstrap", self.bootstrap, "must be at least 1")
+
+
+@dataclass(kw_only=True, frozen=True)
+class PredictJob:
+    """Predict properties of networks from their weights and embeddings, and say how well that works."""
+
+    embeddings: str = ""
+    """Folder that jobs/embed.py wrote; empty predicts from what the store alone gives."""
+
+    store: str = ""
+    """Token store of the same checkpoints; empty is the one that the embeddings name."""
+
+    model: str = ""
+    """Trained model to embed the store with first, where there are no embeddings yet."""
+
+    other_embeddings: str = ""
+    """Embeddings of another zoo by the same model: also train on each zoo and test on the other."""
+
+    other_store: str = ""
+    """Token store of the other zoo; empty is the one that its embeddings name."""
+
+    output: str = ""
+    """Folder of the results; empty is `<storage>/properties/<run_name>`."""
+
+    storage: str = ""
+    """Root of all results; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
+
+    run_name: str = ""
+    """Name of the run; empty names it by what is predicted from and by the config."""
+
+    properties: PropertiesConfig = field(default_factory=PropertiesConfig)
+
+    def __post_init__(self) -> None:
+        _check(
+            re.fullmatch(r"([A-Za-z0-9][\w.-]*)?", self.run_name) is not None,
+            "run_name",
+            self.run_name,
+            "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-' (it names a folder)",
+        )
+
+
+def default_prediction() -> PredictJob:
+    """Accuracy, epoch and generalisation gap from statistics, SANE and both."""
+    return PredictJob()
+
+
+def sane_prediction() -> PredictJob:
+    """The tables of the SANE paper: W, s(W) and mean embeddings under the published probe."""
+    return PredictJob(
+        properties=PropertiesConfig(
+            features=["weights", "statistics_published", "sane_mean"],
+            probes=["ridge"],
+            ridge="published",
+            leave_one_epoch=False,
+        )
+    )
+
+
+def small_cnn_zoo_prediction() -> PredictJob:
+    """The Small CNN Zoo benchmark: test accuracy of each network's last checkpoint, judged by Kendall's tau."""
+    return PredictJob(
+        properties=PropertiesConfig(
+            targets=["test_acc"],
+            features=["statistics", "sane", "sane+statistics"],
+            epochs="last",
+            leave_one_epoch=False,
+        )
+    )
+
+
+PREDICTIONS: dict[str, Callable[[], PredictJob]] = {
+    "default": default_prediction,
+    "sane": sane_prediction,
+    "small-cnn-zoo": small_cnn_zoo_prediction,
+}
+"""Named configs of ``jobs/predict.py``, for ``--preset NAME``."""
+
+
 def digits() -> PretrainJob:
     """The embedded default: small networks on 8x8 digits, minutes on 2 cores."""
     return PretrainJob(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sane_ray.autoencoder.halo import Windows
 from sane_ray.autoencoder.positions import POSITION_NAMES, PositionEmbedding, SinusoidalPositions
 from sane_ray.config import AutoencoderConfig
 from sane_ray.errors import InputError
@@ -445,15 +446,16 @@ class SANE(nn.Module):
     def _over_windows(self, apply: Callable[[Tensor, Tensor], Tensor], rows_NX: Tensor, positions_N3: Tensor) -> Tensor:
         """Applies ``encode`` or ``decode`` to a whole network by windows, without dropout; float32 on the CPU."""
         weight, training = self.token_in.weight, self.training
+        windows = Windows(rows_NX.shape[0], self.config.window)
         self.eval()
         try:
             parts = [
                 apply(rows_NX[index_SW].to(weight), positions_N3[index_SW].to(weight.device)).float().cpu()
-                for index_SW in window_indices(rows_NX.shape[0], self.config.window).split(_WINDOWS_AT_ONCE)
+                for index_SW in windows.indices_SL.split(_WINDOWS_AT_ONCE)
             ]
         finally:
             self.train(training)
-        return join_windows(torch.cat(parts), rows_NX.shape[0])
+        return windows.join(torch.cat(parts))
 
     def _architectures(self) -> list[tuple[str, LayerTable, Normalization]]:
         from sane_ray.tokens.normalization import Normalization
@@ -493,19 +495,6 @@ class SANE(nn.Module):
         names = ", ".join(f"{name} ({table.num_tokens} tokens)" for name, table, _ in known)
         found = "several architectures have" if fitting else "no architecture has"
         raise InputError(f"{found} {num_tokens} tokens; known are {names}: pass a reference network")
-
-
-def window_indices(num_tokens: int, window: int) -> Tensor:
-    """Tokens of the windows that cover a network: int64 [S, min(N, W)], the last shifted back so that all are full."""
-    length = min(num_tokens, window)
-    starts_S = torch.arange(0, max(num_tokens, 1), max(length, 1)).clamp(max=num_tokens - length)
-    return starts_S[:, None] + torch.arange(length)
-
-
-def join_windows(rows_SWX: Tensor, num_tokens: int) -> Tensor:
-    """Rows of the windows of ``window_indices`` as one sequence [N, X]; what the last window repeats is dropped."""
-    repeated = rows_SWX.shape[0] * rows_SWX.shape[1] - num_tokens
-    return torch.cat([rows_SWX[:-1].flatten(0, 1), rows_SWX[-1, repeated:]])
 
 
 def check_names(found: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:

@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sane_ray.autoencoder.halo import Windows
 from sane_ray.autoencoder.losses import explained_variance, explained_variance_sums
-from sane_ray.autoencoder.model import SANE, join_windows, window_indices
+from sane_ray.autoencoder.model import SANE
 from sane_ray.errors import InputError
 from sane_ray.pretraining.networks import Decoder, Group, answers, groups_of
 from sane_ray.pretraining.progress import Point
@@ -160,11 +161,10 @@ def reconstruct(model: SANE, tokens_RNT: Tensor, architecture: Architecture) -> 
     """
     check_trained_on(model, architecture)
     networks, tokens, _ = tokens_RNT.shape
-    index_SW = window_indices(tokens, model.config.window)
-    windows = tokens_RNT[:, index_SW].flatten(0, 1)
-    positions = torch.from_numpy(architecture.table.positions)[index_SW].repeat(networks, 1, 1)
-    parts = _autoencode(model, windows, positions).unflatten(0, (networks, -1))
-    return torch.stack([join_windows(part, tokens) for part in parts])
+    windows = Windows(tokens, model.config.window)
+    positions = windows.cut(torch.from_numpy(architecture.table.positions)).repeat(networks, 1, 1)
+    decoded = _autoencode(model, windows.cut(tokens_RNT).flatten(0, 1), positions)
+    return windows.join(decoded.unflatten(0, (networks, -1)))
 
 
 def _autoencode(model: SANE, windows_BWT: Tensor, positions_BW3: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def _sampled_variance(model: SANE, store: TokenStore, checkpoints: Sequence[int]
             wanted.remove(segment.checkpoint)  # of a large network one segment will do
             architecture = store.architecture_of(segment.checkpoint)
             check_trained_on(model, architecture)
-            index_SW = window_indices(segment.tokens, model.config.window)
+            index_SW = Windows(segment.tokens, model.config.window).indices_SL
             chosen = np.linspace(0, len(index_SW) - 1, min(_SAMPLED_WINDOWS, len(index_SW))).round().astype(int)
             index_SW = index_SW[chosen]
             tokens = as_float32(values[index_SW.numpy()], store.dtype)

@@ -26,6 +26,7 @@ __all__ = [
     "Layout",
     "Untokenized",
     "build_layer_table",
+    "check_fits",
     "detokenize",
     "discover_token_size",
     "tokenize",
@@ -102,7 +103,7 @@ def tokenize(state_dict: Mapping[str, Tensor], table: LayerTable, dtype: torch.d
     Raises:
         InputError: A key is missing, unknown, of another shape, or not floating point.
     """
-    _check_fits(state_dict, table)
+    check_fits(state_dict, table)
     device = state_dict[table.layers[0].key].device
     tokens_NT = torch.empty(table.num_tokens, table.token_size, dtype=dtype, device=device)
 
@@ -169,7 +170,7 @@ def detokenize(
             weights[layer.bias_key] = biases_C.view(layer.shape[:1])
     if reference is None:
         return weights
-    _check_fits(reference, table)
+    check_fits(reference, table)
     return {key: weights[key].to(value.dtype) if key in weights else _copy(value) for key, value in reference.items()}
 
 
@@ -239,8 +240,8 @@ def _values(read: Read, key: str, start: int, stop: int) -> Tensor:
     return values
 
 
-def _check_fits(state_dict: Mapping[str, Tensor], table: LayerTable) -> None:
-    """Raises ``InputError`` naming the first key that does not fit."""
+def check_fits(state_dict: Mapping[str, Tensor], table: LayerTable) -> None:
+    """Raises ``InputError`` naming the first key that does not fit; meta tensors will do."""
     for layer in table.layers:
         _check_tensor(state_dict, layer.key, layer.shape)
         if layer.bias_key is not None:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sane_ray.autoencoder.model import SANE, Block, attend, join_windows, window_indices
+from sane_ray.autoencoder.model import SANE, Block, attend
 from sane_ray.config import AutoencoderConfig
 from sane_ray.errors import InputError
 from sane_ray.tokens.normalization import LayerStatistics, fit
@@ -369,21 +369,6 @@ def test_a_damaged_model_folder_is_named(tmp_path, damage, message):
 def test_a_missing_model_folder_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere is not a folder"):
         SANE.from_pretrained(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "starts"), [(5, [0]), (12, [0]), (13, [0, 1]), (24, [0, 12]), (30, [0, 12, 18]), (1, [0])]
-)
-def test_windows_are_full_and_cover_everything_once(num_tokens, starts):
-    indices = window_indices(num_tokens, 12)
-    assert indices.shape[1] == min(num_tokens, 12)
-    assert indices[:, 0].tolist() == starts
-    assert join_windows(indices[..., None], num_tokens).flatten().tolist() == list(range(num_tokens))
-
-
-def test_what_the_last_window_repeats_comes_from_the_window_before():
-    rows = torch.stack([torch.zeros(12, 1), torch.ones(12, 1)])
-    assert join_windows(rows, 17).flatten().tolist() == [0] * 12 + [1] * 5
 
 
 @pytest.mark.parametrize("mode", ["standardize", "minmax", "l2", "none"])

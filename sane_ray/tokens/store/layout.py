@@ -275,11 +275,11 @@ def _fit(found: Found, splits: Mapping[str, str], config: TokensConfig) -> dict[
     statistics = {key: _statistics(seen) for key, seen in trained.items() if seen}
     if not statistics:
         raise InputError("no model is in the train split: change tokens.split or tokens.seed, or add models")
-    pooled = _by_kind(statistics, tables)
+    pooled = by_kind(statistics, tables)
     architectures: dict[str, Architecture] = {}
     for key, positions in members.items():
         records = [found.records[position] for position in positions]
-        normalization = fit(statistics.get(key) or _of_kinds(pooled, tables[key]), config.normalization)
+        normalization = fit(statistics.get(key) or of_kinds(pooled, tables[key]), config.normalization)
         symmetry = _symmetry(tables[key], hints(records), given)
         architectures[key] = Architecture(_name(key, records[0]), tables[key], symmetry, normalization)
     _check_used(given, architectures.values())
@@ -296,7 +296,7 @@ Pooled = dict[str | None, NDArray[np.float64]]
 """For each kind of layer, and for all together under None: mean, variance, norm, minimum and maximum."""
 
 
-def _by_kind(statistics: Mapping[str, LayerStatistics], tables: Mapping[str, LayerTable]) -> Pooled:
+def by_kind(statistics: Mapping[str, LayerStatistics], tables: Mapping[str, LayerTable]) -> Pooled:
     """What the training models of all architectures say of each kind of layer, every layer of a model alike."""
     layers: dict[str | None, list[tuple[LayerStatistics, int]]] = {None: []}
     for key, seen in statistics.items():
@@ -312,7 +312,7 @@ def _by_kind(statistics: Mapping[str, LayerStatistics], tables: Mapping[str, Lay
     return pooled
 
 
-def _of_kinds(pooled: Pooled, table: LayerTable) -> LayerStatistics:
+def of_kinds(pooled: Pooled, table: LayerTable) -> LayerStatistics:
     """Statistics for an architecture that no training model has: those of its layers' kinds."""
     columns = np.stack([pooled.get(layer.kind, pooled[None]) for layer in table.layers], axis=1)
     return LayerStatistics(1, *columns)

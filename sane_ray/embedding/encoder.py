@@ -1,0 +1,291 @@
+"""A trained SANE over the tokens of networks: embeddings of tokens, and what is kept of them for layers and networks.
+
+Plain torch: in a notebook, in a test, or in the actors of ``sane_ray.embedding.writing``. Many small networks go
+through the model together, a large one some windows at a time, in memory that does not grow with it. Never reads a
+file, never normalises, never imports Ray.
+
+Shape suffixes: R networks of one architecture, N tokens of a network, n tokens of a range, T values of a token, L
+values of an embedding, S windows, W tokens of a window with its halo, G groups of tokens: the whole network, and then
+each of its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sane_ray.autoencoder.halo import Windows
+from sane_ray.autoencoder.losses import explained_variance, signal_mask
+from sane_ray.autoencoder.model import SANE
+from sane_ray.autoencoder.positions import POSITION_NAMES
+from sane_ray.config import AutoencoderConfig, EmbeddingConfig
+from sane_ray.errors import InputError
+from sane_ray.tokens.layers import LayerTable
+
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+VECTORS = ("mean", "std", *(f"q{round(100 * quantile):02d}" for quantile in QUANTILES))
+"""What is kept of the embeddings of a network's or layer's tokens, each a vector of L values."""
+
+EXACT_TOKENS = 65536
+"""Quantiles of more tokens are those of so many of them, spread evenly over all: off by some 0.2 % of the ranks."""
+
+Read = Callable[[int, int], Tensor]
+"""Normalised tokens ``start`` to ``stop`` of R networks of one architecture, float32 [R, stop - start, T]."""
+Keep = Callable[[int, Tensor], object]
+"""Takes embeddings of tokens: the first of them, and float32 [R, n, L] on the model's device."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is kept of R networks of one architecture. Group 0 is the whole network, group 1 + i its layer i."""
+
+    vectors: dict[str, NDArray[np.float32]]
+    """By a name in ``VECTORS``: [R, G, L]. The standard deviation is that of the tokens themselves (no Bessel)."""
+    mse: NDArray[np.float64] | None
+    """Squared error of reconstructed real weights, as normalised, [R, G]; None where nothing was decoded."""
+    explained_variance: NDArray[np.float64] | None
+    """1 - Var(error) / Var(weights) of the same, [R, G]; NaN where the weights do not vary."""
+
+
+class Embedder:
+    """Embeds networks with a trained model.
+
+    Attributes:
+        model: The model, on the device that it computes on.
+        window: Tokens of a network that a window embeds.
+        halo: Tokens on each side that it reads for context.
+        dtype: Number format of the matrix products.
+    """
+
+    def __init__(
+        self, model: SANE, config: EmbeddingConfig | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Puts the model in evaluation mode on a device: by default a GPU if there is one.
+
+        Raises:
+            InputError: The halo leaves no place in the training window.
+        """
+        self.config = config or EmbeddingConfig()
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(device).eval()
+        self.window, self.halo = window_and_halo(model.config, self.config)
+        self.dtype = choose_format(self.config.precision, device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.token_in.weight.device
+
+    def networks_at_once(self, table: LayerTable) -> int:
+        """How many networks of an architecture go through the model together."""
+        windows = Windows(table.num_tokens, self.window, self.halo)
+        return max(1, self.config.tokens_at_once // (len(windows) * windows.length))
+
+    @torch.inference_mode()
+    def embed(self, read: Read, table: LayerTable, networks: int = 1, keep: Keep | None = None) -> Summary:
+        """Embeds networks of one architecture, and keeps the summary of each.
+
+        Args:
+            read: Gives their tokens, from front to back; ranges overlap where there is a halo.
+            table: Their layers.
+            networks: How many there are, R; best ``networks_at_once``.
+            keep: Is given the embeddings of all tokens, from front to back.
+
+        Raises:
+            InputError: The model has no positions for networks of this architecture, or another token size.
+        """
+        check_fits_model(table, self.model.config)
+        windows = Windows(table.num_tokens, self.window, self.halo)
+        sums = _Sums(table, networks)
+        for part in windows.split(max(1, self.config.tokens_at_once // (networks * windows.length))):
+            (begin, end), (first, stop) = part.span, part.content
+            tokens_RnT = read(begin, end).to(self.device, non_blocking=True)
+            z_RnL, decoded_RnT = self._through(part, tokens_RnT, table)
+            sums.add(first, z_RnL, decoded_RnT, tokens_RnT[:, first - begin : stop - begin])
+            if keep is not None:
+                keep(first, z_RnL)
+        return sums.summary()
+
+    def encode(self, tokens_RNT: Tensor, table: LayerTable) -> Tensor:
+        """Embeddings of all tokens of some networks, float32 [R, N, L] on the CPU.
+
+        Args:
+            tokens_RNT: All their tokens, normalised.
+            table: Their layers.
+        """
+        parts: list[Tensor] = []
+        self.embed(
+            lambda start, stop: tokens_RNT[:, start:stop], table, len(tokens_RNT), lambda _, z: parts.append(z.cpu())
+        )
+        return torch.cat(parts, dim=1)
+
+    def _through(self, windows: Windows, tokens_RnT: Tensor, table: LayerTable) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the windows' content, and what they are decoded to, float32 [R, content, L or T]."""
+        networks, (begin, end) = len(tokens_RnT), windows.span
+        positions_SW3 = windows.cut(torch.from_numpy(table.positions_of(begin, end).copy()))
+        positions_BW3 = positions_SW3.to(self.device).expand(networks, -1, -1, -1).flatten(0, 1)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            z_BWL = self.model.encode(windows.cut(tokens_RnT).flatten(0, 1), positions_BW3)
+            decoded_BWT = self.model.decode(z_BWL, positions_BW3) if self.config.reconstruction else None
+        z_RnL, decoded_RnT = (
+            None if rows is None else windows.join(rows.unflatten(0, (networks, -1))).float()
+            for rows in (z_BWL, decoded_BWT)
+        )
+        assert z_RnL is not None
+        return z_RnL, decoded_RnT
+
+
+def window_and_halo(model: AutoencoderConfig, config: EmbeddingConfig) -> tuple[int, int]:
+    """Tokens of content of a window, and of context on each side of it.
+
+    By default there is no halo, and with one the window shrinks: in all it is as long as in training.
+
+    Raises:
+        InputError: The halo leaves no place in the training window.
+    """
+    window = config.window or model.window - 2 * config.halo
+    if window < 1:
+        raise InputError(
+            f"config field embedding.halo is {config.halo}: on both sides that leaves nothing of the training window "
+            f"of {model.window} tokens: set it to {(model.window - 1) // 2} or less, or set embedding.window too"
+        )
+    return window, config.halo
+
+
+def choose_format(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+    """The number format of the matrix products; ``auto`` is bfloat16 on GPUs that multiply it natively."""
+    if wanted != "auto":
+        return torch.float32 if wanted == "float32" else torch.bfloat16
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def check_fits_model(table: LayerTable, config: AutoencoderConfig) -> None:
+    """Raises ``InputError`` unless a model has the token size and the positions for networks of an architecture."""
+    if table.token_size != config.token_size:
+        raise InputError(
+            f"its tokens have {table.token_size} values, but those of the model {config.token_size}: prepare it with "
+            f"--tokens.token_size {config.token_size}"
+        )
+    if config.positions != "learned":
+        return
+    for i, (name, needed, size) in enumerate(
+        zip(POSITION_NAMES, table.position_sizes, config.max_positions, strict=True)
+    ):
+        if needed > size:
+            raise InputError(
+                f"it needs {needed:,} positions of the {name}, but autoencoder.max_positions[{i}] of the model is "
+                f"{size:,}: use a model with larger tables, or one trained with --autoencoder.positions sinusoidal, "
+                "which has positions for any network"
+            )
+
+
+class _Sums:
+    """What the summary of R networks is made of, gathered from front to back; layers are finished as they end."""
+
+    def __init__(self, table: LayerTable, networks: int) -> None:
+        self._table = table
+        self._whole = _Group(table.num_tokens)
+        self._layer = _Group(0)
+        self._finished: list[dict[str, Any]] = []
+
+    def add(self, first: int, z_RnL: Tensor, decoded_RnT: Tensor | None, tokens_RnT: Tensor) -> None:
+        """Takes the next tokens of all networks."""
+        stop = first + z_RnL.shape[1]
+        signal_n = torch.from_numpy(self._table.signal_of(first, stop).copy()).to(z_RnL.device)
+        errors_Rn5 = None if decoded_RnT is None else _errors(decoded_RnT, tokens_RnT, signal_n)
+        self._whole.add(z_RnL, errors_Rn5)
+        begin = 0
+        for index, start, end in self._table.slices(first, stop):
+            if start == 0:
+                self._layer = _Group(self._table.layers[index].num_tokens)
+            rows = slice(begin, begin + end - start)
+            self._layer.add(z_RnL[:, rows], None if errors_Rn5 is None else errors_Rn5[:, rows])
+            if end == self._table.layers[index].num_tokens:
+                self._finished.append(self._layer.finish())
+            begin += end - start
+
+    def summary(self) -> Summary:
+        """Of everything that was added, which must be whole networks."""
+        groups = [self._whole.finish(), *self._finished]
+        vectors = {name: np.stack([group[name] for group in groups], axis=1) for name in VECTORS}
+        if groups[0]["mse"] is None:
+            return Summary(vectors, None, None)
+        errors = (np.stack([group[name] for group in groups], axis=1) for name in ("mse", "explained_variance"))
+        return Summary(vectors, *errors)
+
+
+class _Group:
+    """Some tokens of each of R networks: moments of all, and the embeddings of those that quantiles are taken of."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._seen = 0
+        self._mean_RL, self._squares_RL = torch.zeros(()), torch.zeros(())
+        self._errors_R5: Tensor | None = None
+        self._chosen = _spread(tokens, EXACT_TOKENS) if tokens > EXACT_TOKENS else None
+        self._sample: list[Tensor] = []
+
+    def add(self, z_RnL: Tensor, errors_Rn5: Tensor | None) -> None:
+        """Takes the next tokens. Moments are merged in float64 (Chan, Golub and LeVeque 1979)."""
+        new, seen = z_RnL.shape[1], self._seen
+        variance_RL, mean_RL = torch.var_mean(z_RnL.double(), dim=1, correction=0)
+        gap_RL = mean_RL - self._mean_RL.to(mean_RL)
+        self._mean_RL = self._mean_RL.to(mean_RL) + gap_RL * (new / (seen + new))
+        self._squares_RL = self._squares_RL.to(mean_RL) + variance_RL * new + gap_RL**2 * (seen * new / (seen + new))
+        if errors_Rn5 is not None:
+            sums = errors_Rn5.sum(dim=1)
+            self._errors_R5 = sums if self._errors_R5 is None else self._errors_R5 + sums
+        if self._chosen is not None:
+            begin, end = np.searchsorted(self._chosen, [seen, seen + new])
+            places = torch.from_numpy(self._chosen[begin:end] - seen).to(z_RnL.device)
+            z_RnL = z_RnL.index_select(1, places)
+        self._sample.append(z_RnL)
+        self._seen += new
+
+    def finish(self) -> dict[str, Any]:
+        """Every vector [R, L] and error [R], on the CPU."""
+        assert self._seen == self._tokens
+        std_RL = (self._squares_RL / self._tokens).sqrt()
+        ordered_RnL = torch.cat(self._sample, dim=1).sort(dim=1).values
+        quantiles = [_quantile(ordered_RnL, quantile) for quantile in QUANTILES]
+        values = zip(VECTORS, (self._mean_RL, std_RL, *quantiles), strict=True)
+        found: dict[str, Any] = {name: value.float().cpu().numpy() for name, value in values}
+        self._sample = []
+        if self._errors_R5 is None:
+            return found | {"mse": None, "explained_variance": None}
+        sums_5R = self._errors_R5.cpu().T
+        return found | {
+            "mse": (sums_5R[2] / sums_5R[0]).numpy(),
+            "explained_variance": explained_variance(sums_5R).numpy(),
+        }
+
+
+def _errors(decoded_RnT: Tensor, tokens_RnT: Tensor, signal_n: Tensor) -> Tensor:
+    """The sums of ``explained_variance_sums`` for each token by itself, float64 [R, n, 5]."""
+    mask_nT = signal_mask(signal_n, tokens_RnT.shape[-1])
+    error = (decoded_RnT - tokens_RnT).masked_fill(~mask_nT, 0.0)
+    target = tokens_RnT.masked_fill(~mask_nT, 0.0)
+    counts = signal_n.double().expand(error.shape[:2])
+    terms = (error.sum(dim=-1), error.square().sum(dim=-1), target.sum(dim=-1), target.square().sum(dim=-1))
+    return torch.stack([counts, *(term.double() for term in terms)], dim=-1)
+
+
+def _quantile(ordered_RnL: Tensor, quantile: float) -> Tensor:
+    """A quantile of sorted values along their second axis, [R, L], between two of them by linear interpolation."""
+    place = quantile * (ordered_RnL.shape[1] - 1)
+    below = int(place)
+    above = min(below + 1, ordered_RnL.shape[1] - 1)
+    return torch.lerp(ordered_RnL[:, below], ordered_RnL[:, above], place - below)
+
+
+def _spread(tokens: int, count: int) -> NDArray[np.int64]:
+    """So many different tokens in order, one drawn from each of equal stretches; always the same."""
+    offsets = np.random.default_rng(0).random(count)
+    return ((np.arange(count) + offsets) * (tokens / count)).astype(np.int64)

@@ -1,0 +1,327 @@
+"""Feature sets of a zoo's checkpoints, by the names that results use, such as ``sane+statistics``.
+
+A set is a sum of blocks. Weights are read off the token store, embeddings off what ``jobs/embed.py`` wrote. Rows of one
+length need one layout: architectures with the same kinds of layers in the same order have a column for each layer and
+number; others are described by the mean, deviation, minimum and maximum of each number over their layers. Never fits
+anything, and never looks at a property.
+
+Shape suffixes: R checkpoints, F features, L latent values, K layers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sane_ray.errors import InputError
+from sane_ray.properties.spectral import spectral_features
+from sane_ray.properties.statistics import published_statistics, tensor_statistics
+from sane_ray.properties.tensors import Batch, batches
+from sane_ray.tokens.layers import LayerTable
+from sane_ray.tokens.store import TokenStore
+
+Array = NDArray[np.floating[Any]]
+
+PUBLISHED = ("weights", "statistics_published", "sane_mean")
+"""Blocks of the published tables, which the published probe reads alone."""
+
+FROM_WEIGHTS: dict[str, Callable[[Batch], tuple[list[str], Array]]] = {
+    "statistics": tensor_statistics,
+    "statistics_published": published_statistics,
+    "spectral": spectral_features,
+}
+FROM_EMBEDDINGS = ("sane_mean", "sane")
+BLOCKS = (*FROM_WEIGHTS, "weights", *FROM_EMBEDDINGS)
+
+SUMMARIES = ("mean", "std", "q01", "q25", "q50", "q75", "q99")
+"""What embeddings hold of the tokens of a checkpoint, or of a layer."""
+LAYER_SUMMARIES = ("mean", "std")
+
+MOST_WEIGHTS = 100_000_000
+"""Raw weights are features up to so many values in all (checkpoints times parameters): 400 MB."""
+
+
+class EmbeddingTables(Protocol):
+    """The part of ``sane_ray.embedding.Embeddings`` that is read here."""
+
+    index: dict[str, Any]
+    models: pa.Table
+
+    def vectors(self, name: str) -> NDArray[np.float32]:
+        """A summary over the tokens of each checkpoint, [R, L]."""
+        ...
+
+    def layer_vectors(self, name: str, architecture: str) -> tuple[list[str], NDArray[np.float32]]:
+        """Ids of an architecture's checkpoints, and a summary over the tokens of each of their layers, [r, K, L]."""
+        ...
+
+
+class Unavailable(Exception):
+    """A block of features that this zoo does not give, and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Zoo:
+    """Checkpoints whose properties are predicted; at least one of store and embeddings is there.
+
+    Attributes:
+        name: For tables.
+        store: Their weights.
+        embeddings: Their embeddings.
+    """
+
+    name: str
+    store: TokenStore | None = None
+    embeddings: EmbeddingTables | None = None
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """One row a checkpoint: id, model, epoch, split, architecture, and every property that is known."""
+        if self.embeddings is None:
+            assert self.store is not None
+            return self.store.models
+        table = self.embeddings.models
+        if self.store is not None:
+            order = np.argsort(self.rows_of_store, kind="stable")[len(self.store.models) - len(table) :]
+            for name in self.store.models.column_names:
+                if name not in table.column_names:
+                    table = table.append_column(name, self.store.models[name].take(order))
+        return table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One of the columns that every zoo has."""
+        return np.array(self.table[name].to_pylist())
+
+    @cached_property
+    def rows_of_store(self) -> NDArray[np.int64]:
+        """Row of each checkpoint of the store; -1 for one that was not embedded.
+
+        Raises:
+            InputError: Embeddings are of checkpoints that the store does not have.
+        """
+        assert self.store is not None
+        ids = self.store.models["id"].to_pylist()
+        rows = self.store.models if self.embeddings is None else self.embeddings.models
+        place = {identity: row for row, identity in enumerate(rows["id"].to_pylist())}
+        if not place.keys() <= set(ids):
+            missing = next(identity for identity in place if identity not in set(ids))
+            raise InputError(
+                f"the embeddings have a checkpoint {missing}, which the store {self.store.path} has not: "
+                "name the store that was embedded with --store"
+            )
+        return np.array([place.get(identity, -1) for identity in ids])
+
+    @cached_property
+    def tables(self) -> dict[str, LayerTable]:
+        """Layers of each architecture, by name."""
+        if self.store is not None:
+            return {name: architecture.table for name, architecture in self.store.architectures.items()}
+        assert self.embeddings is not None
+        described = self.embeddings.index["architectures"]
+        return {name: LayerTable.from_dict(table) for name, table in described.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Features of one kind, of every checkpoint of one or several zoos.
+
+    Attributes:
+        name: Such as ``statistics``.
+        columns: What each feature is.
+        values_RF: NaN where a feature is not defined.
+        note: How architectures were brought to one length.
+    """
+
+    name: str
+    columns: list[str]
+    values_RF: Array
+    note: str = ""
+
+
+@dataclass(eq=False)
+class FeatureSource:
+    """Computes blocks once, for all the sets that need them.
+
+    Attributes:
+        zoos: Rows of a block are theirs, one zoo after the other.
+    """
+
+    zoos: Sequence[Zoo]
+    _blocks: dict[str, Block | Unavailable] = field(default_factory=dict)
+
+    @cached_property
+    def one_layout(self) -> bool:
+        """Whether all architectures have the same kinds of layers in the same order."""
+        return len({layout(table) for zoo in self.zoos for table in zoo.tables.values()}) == 1
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Computes what these sets need, in one pass over each store."""
+        wanted = dict.fromkeys(block for name in names for block in parts(name))
+        reading = [name for name in wanted if name in (*FROM_WEIGHTS, "weights") and name not in self._blocks]
+        self._blocks |= self._read(reading)
+        for name in wanted:
+            if name not in self._blocks:
+                self._blocks[name] = _or_reason(lambda name=name: self._embedded(name))  # type: ignore[misc]
+
+    def blocks(self, name: str) -> list[Block]:
+        """The blocks of a set.
+
+        Raises:
+            Unavailable: One of them cannot be had.
+        """
+        self.prepare([name])
+        found = []
+        for part in parts(name):
+            block = self._blocks[part]
+            if isinstance(block, Unavailable):
+                raise block
+            found.append(block)
+        return found
+
+    def _read(self, names: list[str]) -> dict[str, Block | Unavailable]:
+        if not names:
+            return {}
+        lacking = [zoo.name for zoo in self.zoos if zoo.store is None]
+        if lacking:
+            reason = Unavailable(f"it needs the weights of {lacking[0]}: name its token store with --store")
+            return dict.fromkeys(names, reason)
+        found: dict[str, Block | Unavailable] = {}
+        if "weights" in names:
+            refused = self._refuse_weights()
+            found |= {"weights": Unavailable(refused)} if refused else {}
+        pieces: dict[str, list[_Piece]] = {name: [] for name in names if name not in found}
+        for zoo, start in zip(self.zoos, self._starts, strict=True):
+            assert zoo.store is not None
+            for batch in batches(zoo.store):
+                rows = zoo.rows_of_store[batch.checkpoints]
+                for name, held in pieces.items():
+                    columns, values = _raw(batch) if name == "weights" else FROM_WEIGHTS[name](batch)
+                    held.append(_Piece(start + rows[rows >= 0], columns, values[rows >= 0]))
+        return found | {name: _or_reason(lambda n=name: self._join(n, pieces[n])) for name in pieces}  # type: ignore[misc]
+
+    @property
+    def _starts(self) -> list[int]:
+        return np.cumsum([0, *map(len, self.zoos)])[:-1].tolist()
+
+    def _refuse_weights(self) -> str:
+        """Why raw weights are no features; empty if they are."""
+        shapes = {tuple(layer.shape for layer in table.layers) for zoo in self.zoos for table in zoo.tables.values()}
+        if len(shapes) > 1:
+            return "raw weights of architectures of different shapes have no common columns"
+        table = next(iter(self.zoos[0].tables.values()))
+        values = sum(map(len, self.zoos)) * table.parameters
+        if values > MOST_WEIGHTS:
+            return f"{values:,} raw weights are more than the {MOST_WEIGHTS:,} that fit into memory as features"
+        return ""
+
+    def _embedded(self, name: str) -> Block:
+        pieces = []
+        for zoo, start in zip(self.zoos, self._starts, strict=True):
+            if zoo.embeddings is None:
+                raise Unavailable(f"it needs embeddings of {zoo.name}: name them with --embeddings, or a --model")
+            columns, values_RF = _vectors(zoo.embeddings, SUMMARIES if name == "sane" else ("mean",))
+            pieces.append(_Piece(start + np.arange(len(zoo)), columns, values_RF))
+        whole = self._join(name, pieces, aggregate=False)
+        if name == "sane_mean":
+            return whole
+        layers = self._join(name, list(self._layer_pieces()))
+        values_RF = np.concatenate([whole.values_RF, layers.values_RF], axis=1)
+        return Block(name, whole.columns + layers.columns, values_RF, layers.note)
+
+    def _layer_pieces(self) -> Iterator[_Piece]:
+        for zoo, start in zip(self.zoos, self._starts, strict=True):
+            assert zoo.embeddings is not None
+            place = {identity: row for row, identity in enumerate(zoo.table["id"].to_pylist())}
+            for architecture, table in zoo.tables.items():
+                if architecture in zoo.embeddings.index["architectures"]:
+                    yield _layer_piece(zoo.embeddings, architecture, table, place, start)
+
+    def _join(self, name: str, pieces: list[_Piece], aggregate: bool = True) -> Block:
+        """Pieces of different architectures as rows of one length."""
+        note = ""
+        if aggregate and not self.one_layout and name != "weights":
+            pieces = [piece.over_layers() for piece in pieces]
+            note = "architectures differ: mean, std, min and max over layers"
+        columns = pieces[0].columns if self.one_layout else list(dict.fromkeys(c for p in pieces for c in p.columns))
+        if not columns:
+            raise Unavailable("no layer has a matrix of at least 2 x 2")
+        values_RF = np.full((sum(map(len, self.zoos)), len(columns)), np.nan, pieces[0].values.dtype)
+        for piece in pieces:
+            places = slice(None) if self.one_layout else [columns.index(column) for column in piece.columns]
+            values_RF[piece.rows[:, None], np.arange(len(columns))[places]] = piece.values
+        return Block(name, columns, values_RF, note)
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Features of the checkpoints of one architecture; columns are called ``<layer>/<number>``."""
+
+    rows: NDArray[np.int64]
+    columns: list[str]
+    values: Array
+
+    def over_layers(self) -> _Piece:
+        """Mean, deviation, minimum and maximum of each number over the layers that have it."""
+        numbers = [column.rpartition("/")[2] for column in self.columns]
+        columns, values = [], []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a number that no layer has is NaN
+            for number in dict.fromkeys(numbers):
+                of_layers = self.values[:, [other == number for other in numbers]]
+                columns += [f"{number}, {how} of layers" for how in ("mean", "std", "min", "max")]
+                values += [reduce(of_layers, axis=1) for reduce in (np.nanmean, np.nanstd, np.nanmin, np.nanmax)]
+        return _Piece(self.rows, columns, np.stack(values, axis=1) if values else self.values)
+
+
+def parts(name: str) -> list[str]:
+    """The blocks of a feature set: ``sane+statistics`` is two."""
+    return name.split("+")
+
+
+def layout(table: LayerTable) -> tuple[tuple[str, bool, bool], ...]:
+    """What two architectures must share to have the same columns: kinds, biases and matrices, layer by layer."""
+    return tuple(
+        (layer.kind, layer.bias_key is not None, min(layer.channels, layer.fan_in) >= 2) for layer in table.layers
+    )
+
+
+def _raw(batch: Batch) -> tuple[list[str], Array]:
+    """Normalised weights one after the other; the published W has the padding too, which is zero and changes no fit."""
+    count = len(batch.checkpoints)
+    layers = [batch.rows(index).reshape(count, -1) for index in range(len(batch.architecture.table.layers))]
+    values = np.concatenate(layers, axis=1)
+    return [str(index) for index in range(values.shape[1])], values
+
+
+def _vectors(embeddings: EmbeddingTables, names: Sequence[str]) -> tuple[list[str], Array]:
+    columns = [f"{name} {index}" for name in names for index in range(embeddings.index["latent_dim"])]
+    return columns, np.concatenate([embeddings.vectors(name) for name in names], axis=1)
+
+
+def _layer_piece(
+    embeddings: EmbeddingTables, architecture: str, table: LayerTable, place: dict[str, int], start: int
+) -> _Piece:
+    latent_dim, columns, values = embeddings.index["latent_dim"], [], []
+    for name in LAYER_SUMMARIES:
+        ids, vectors_rKL = embeddings.layer_vectors(name, architecture)
+        values.append(vectors_rKL.reshape(len(ids), -1))
+        columns += [f"{layer.key}/layer {name} {index}" for layer in table.layers for index in range(latent_dim)]
+    rows = start + np.array([place[identity] for identity in ids], np.int64)
+    return _Piece(rows, columns, np.concatenate(values, axis=1))
+
+
+def _or_reason(compute: Callable[[], Block]) -> Block | Unavailable:
+    try:
+        return compute()
+    except Unavailable as reason:
+        return reason

@@ -1,0 +1,120 @@
+"""The predict job as a user runs it."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sane_ray.cli import parse
+from sane_ray.config import PREDICTIONS, PredictJob, PropertiesConfig
+from sane_ray.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(name: str, path: Path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+job = load("predict", ROOT / "jobs" / "predict.py")
+zoos = load("property_zoos", ROOT / "tests" / "properties" / "zoos.py")
+
+QUICK = PropertiesConfig(
+    targets=["test_acc", "epoch"], features=["statistics", "sane+statistics"], probes=["ridge"], bootstrap=20
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("predict")
+    store = zoos.write(folder / "digits", zoos.write_zoo(folder / "zoo"))
+    zoos.write_embeddings(folder / "embeddings", store)
+    return folder
+
+
+def test_predicts_once_tracks_and_says_where(folder: Path, capsys, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    wanted = PredictJob(embeddings=str(folder / "embeddings"), storage=str(folder), run_name="one", properties=QUICK)
+    job.main(wanted, False)
+    first = capsys.readouterr().out
+    assert "zoo digits: 60 checkpoints of 20 models" in first
+    assert "test_acc, ridge: SANE with s(W) is " in first and "leave-one-epoch" in first
+    assert f"results  {folder / 'properties' / 'one'}" in first.splitlines()[-1] and "next:" in first
+    job.main(wanted, False)
+    assert capsys.readouterr().out.startswith("nothing to do: ")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name(job.EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.metrics["r2/test_acc/statistics/ridge"] > 0.5 and run.info.status == "FINISHED"
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {"results.json", "results.parquet", "predictions.parquet"}
+
+
+def test_other_settings_under_one_name_are_refused(folder: Path, tmp_path: Path):
+    first = PredictJob(
+        store=str(folder / "digits"), output=str(tmp_path / "out"), storage=str(tmp_path), properties=QUICK
+    )
+    job.main(first, False)
+    other = dataclasses.replace(first, properties=dataclasses.replace(QUICK, seed=1))
+    with pytest.raises(InputError, match="holds results with other settings"):
+        job.main(other, False)
+
+
+def test_a_dry_run_starts_nothing(folder: Path, tmp_path: Path, capsys):
+    job.main(PredictJob(store=str(folder / "digits"), storage=str(tmp_path), properties=QUICK), True)
+    out = capsys.readouterr().out
+    assert "without embeddings, with weights" in out and out.endswith("dry run: nothing was started\n")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, "name --embeddings EMBEDDINGS, --store STORE, or both"),
+        ({"model": "m", "embeddings": "e"}, "name only one of them"),
+        ({"model": "m"}, "name the token store that --model embeds"),
+        ({"embeddings": "nowhere"}, "no complete embeddings are there"),
+    ],
+)
+def test_bad_flags_are_told(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words):
+        job.main(PredictJob(storage=str(tmp_path), **flags), False)
+
+
+def test_embeddings_of_another_store_or_model_are_refused(folder: Path, tmp_path: Path):
+    other = zoos.write(tmp_path / "other", zoos.write_zoo(tmp_path / "zoo", seed=9))
+    zoos.write_embeddings(tmp_path / "embeddings", other, fingerprint="another model")
+    mine = {"embeddings": str(folder / "embeddings"), "storage": str(tmp_path)}
+    with pytest.raises(InputError, match="embed this one, or name that one"):
+        job.main(PredictJob(store=str(tmp_path / "other"), **mine), False)
+    with pytest.raises(InputError, match="embed both zoos with one model"):
+        job.main(PredictJob(other_embeddings=str(tmp_path / "embeddings"), **mine), False)
+
+
+def test_presets_are_the_published_protocols():
+    sane, _ = parse(PredictJob, presets=PREDICTIONS, argv=["--preset", "sane"])
+    assert sane.properties.features == ["weights", "statistics_published", "sane_mean"]
+    assert sane.properties.ridge == "published"
+    benchmark, _ = parse(PredictJob, presets=PREDICTIONS, argv=["--preset", "small-cnn-zoo"])
+    assert benchmark.properties.epochs == "last" and benchmark.properties.targets == ["test_acc"]
+    with pytest.raises(InputError, match=r"properties\.features is 'magic'"):
+        parse(PredictJob, presets=PREDICTIONS, argv=["--properties.features", "[magic]"])
+    with pytest.raises(InputError, match=r"properties\.seeds"):
+        PropertiesConfig(seeds=0)
+
+
+def test_bad_input_is_one_sentence_and_status_2(tmp_path: Path):
+    command = [sys.executable, str(ROOT / "jobs" / "predict.py"), "--store", str(tmp_path / "no")]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert found.returncode == 2 and found.stderr.startswith("error: --store ") and found.stderr.count("\n") == 1
