@@ -14,7 +14,6 @@ from sane_ray.config import EmbedJob
 from sane_ray.embedding import Embeddings
 from sane_ray.embedding.writing import Plan, embed, is_complete, plan_records, plan_store
 from sane_ray.errors import InputError
-from sane_ray.pretraining.worker import MODEL_FOLDER
 from sane_ray.tokens.store import TokenStore
 from sane_ray.zoo.catalog import catalog_source
 from sane_ray.zoo.sources import Source, read, to_fetch
@@ -27,6 +26,8 @@ EXAMPLES = """examples:
 """
 
 _LISTED = 20
+_MODEL_FOLDER = "model"
+"""Of a run: what pretraining calls it, which is not imported for its name alone."""
 
 
 def main(job: EmbedJob, dry_run: bool) -> None:
@@ -55,8 +56,8 @@ def plan_of(job: EmbedJob, storage: Path) -> Plan:
         raise InputError("config field model is '': name the folder of a trained model (--model), or of its run")
     if bool(job.store) == bool(job.source):
         raise InputError(
-            f"config field store is {job.store!r} and source is {job.source!r}: name either a token store (--store), or "
-            "checkpoints (--source)"
+            f"config field store is {job.store!r} and source is {job.source!r}: name one of them, a token store "
+            "(--store) or checkpoints (--source)"
         )
     model = model_folder(local_path(job.model, "model"))
     networks = local_path(job.store, "store") if job.store else _source(job).path
@@ -71,13 +72,13 @@ def plan_of(job: EmbedJob, storage: Path) -> Plan:
 
 def model_folder(path: Path) -> Path:
     """The model's own folder, also where that of its run is named."""
-    inside = path / MODEL_FOLDER
+    inside = path / _MODEL_FOLDER
     return inside if not (path / CONFIG_FILE).exists() and inside.is_dir() else path
 
 
 def model_name(model: Path) -> str:
     """What tells a model from others: the name of its run, where that is the folder above it."""
-    return model.parent.name if model.name == MODEL_FOLDER else model.name
+    return model.parent.name if model.name == _MODEL_FOLDER else model.name
 
 
 def describe(plan: Plan) -> str:

@@ -123,6 +123,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> flo
     return known.flops(dtype) if known else None
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 natively, and not slower than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def measured_peak(threads: int, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of the fastest of a few matrix products on the CPU, which has no one peak by name.
 

@@ -96,6 +96,8 @@ class Windows:
         """
         begin, end = self.span
         _check_rows(rows_nX, 1, (end - begin,), "these windows are cut from rows of")
+        if len(self) == 1:
+            return rows_nX.unsqueeze(-3)
         picked = rows_nX.index_select(-2, (self.indices_SL - begin).flatten().to(rows_nX.device))
         return picked.unflatten(-2, (len(self), self.length))
 
@@ -106,6 +108,8 @@ class Windows:
             InputError: There are not as many windows, or they are not as long.
         """
         _check_rows(rows_SLX, 2, (len(self), self.length), "these windows are")
+        if len(self) == 1 and self.span == self.content:
+            return rows_SLX.squeeze(-3)
         tokens_C = torch.arange(*self.content)
         number_C = tokens_C // self.window - self.first
         place_C = number_C * self.length + tokens_C - self.starts_S[number_C]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from sane_ray.autoencoder.model import SANE
 from sane_ray.autoencoder.positions import POSITION_NAMES
 from sane_ray.config import AutoencoderConfig, EmbeddingConfig
 from sane_ray.errors import InputError
+from sane_ray.hardware import has_bfloat16
 from sane_ray.tokens.layers import LayerTable
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -34,6 +35,9 @@ VECTORS = ("mean", "std", *(f"q{round(100 * quantile):02d}" for quantile in QUAN
 
 EXACT_TOKENS = 65536
 """Quantiles of more tokens are those of so many of them, spread evenly over all: off by some 0.2 % of the ranks."""
+
+_TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 65536}
+"""On a CPU what its caches hold, on a GPU what keeps it busy."""
 
 Read = Callable[[int, int], Tensor]
 """Normalised tokens ``start`` to ``stop`` of R networks of one architecture, float32 [R, stop - start, T]."""
@@ -53,6 +57,11 @@ class Summary:
     """1 - Var(error) / Var(weights) of the same, [R, G]; NaN where the weights do not vary."""
 
 
+def in_memory(tokens_RNT: Tensor) -> Read:
+    """Reads networks that are all in memory."""
+    return lambda start, stop: tokens_RNT[:, start:stop]
+
+
 class Embedder:
     """Embeds networks with a trained model.
 
@@ -61,6 +70,7 @@ class Embedder:
         window: Tokens of a network that a window embeds.
         halo: Tokens on each side that it reads for context.
         dtype: Number format of the matrix products.
+        tokens_at_once: Tokens that go through the model together.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class Embedder:
         self.model = model.to(device).eval()
         self.window, self.halo = window_and_halo(model.config, self.config)
         self.dtype = choose_format(self.config.precision, device)
+        self.tokens_at_once = self.config.tokens_at_once or _TOKENS_AT_ONCE[device.type]
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +96,7 @@ class Embedder:
     def networks_at_once(self, table: LayerTable) -> int:
         """How many networks of an architecture go through the model together."""
         windows = Windows(table.num_tokens, self.window, self.halo)
-        return max(1, self.config.tokens_at_once // (len(windows) * windows.length))
+        return max(1, self.tokens_at_once // (len(windows) * windows.length))
 
     @torch.inference_mode()
     def embed(self, read: Read, table: LayerTable, networks: int = 1, keep: Keep | None = None) -> Summary:
@@ -102,8 +113,8 @@ class Embedder:
         """
         check_fits_model(table, self.model.config)
         windows = Windows(table.num_tokens, self.window, self.halo)
-        sums = _Sums(table, networks)
-        for part in windows.split(max(1, self.config.tokens_at_once // (networks * windows.length))):
+        sums = _Sums(table)
+        for part in windows.split(max(1, self.tokens_at_once // (networks * windows.length))):
             (begin, end), (first, stop) = part.span, part.content
             tokens_RnT = read(begin, end).to(self.device, non_blocking=True)
             z_RnL, decoded_RnT = self._through(part, tokens_RnT, table)
@@ -120,9 +131,7 @@ class Embedder:
             table: Their layers.
         """
         parts: list[Tensor] = []
-        self.embed(
-            lambda start, stop: tokens_RNT[:, start:stop], table, len(tokens_RNT), lambda _, z: parts.append(z.cpu())
-        )
+        self.embed(in_memory(tokens_RNT), table, len(tokens_RNT), lambda _, z_RnL: parts.append(z_RnL.cpu()))
         return torch.cat(parts, dim=1)
 
     def _through(self, windows: Windows, tokens_RnT: Tensor, table: LayerTable) -> tuple[Tensor, Tensor | None]:
@@ -159,11 +168,10 @@ def window_and_halo(model: AutoencoderConfig, config: EmbeddingConfig) -> tuple[
 
 
 def choose_format(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """The number format of the matrix products; ``auto`` is bfloat16 on GPUs that multiply it natively."""
+    """The number format of the matrix products; ``auto`` is bfloat16 where the device multiplies it natively."""
     if wanted != "auto":
         return torch.float32 if wanted == "float32" else torch.bfloat16
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def check_fits_model(table: LayerTable, config: AutoencoderConfig) -> None:
@@ -189,7 +197,7 @@ def check_fits_model(table: LayerTable, config: AutoencoderConfig) -> None:
 class _Sums:
     """What the summary of R networks is made of, gathered from front to back; layers are finished as they end."""
 
-    def __init__(self, table: LayerTable, networks: int) -> None:
+    def __init__(self, table: LayerTable) -> None:
         self._table = table
         self._whole = _Group(table.num_tokens)
         self._layer = _Group(0)
@@ -200,14 +208,16 @@ class _Sums:
         stop = first + z_RnL.shape[1]
         signal_n = torch.from_numpy(self._table.signal_of(first, stop).copy()).to(z_RnL.device)
         errors_Rn5 = None if decoded_RnT is None else _errors(decoded_RnT, tokens_RnT, signal_n)
-        self._whole.add(z_RnL, errors_Rn5)
+        self._whole.sample(z_RnL)
         begin = 0
         for index, start, end in self._table.slices(first, stop):
             if start == 0:
                 self._layer = _Group(self._table.layers[index].num_tokens)
             rows = slice(begin, begin + end - start)
-            self._layer.add(z_RnL[:, rows], None if errors_Rn5 is None else errors_Rn5[:, rows])
+            self._layer.sample(z_RnL[:, rows])
+            self._layer.merge(_moments(z_RnL[:, rows], None if errors_Rn5 is None else errors_Rn5[:, rows]))
             if end == self._table.layers[index].num_tokens:
+                self._whole.merge(self._layer.moments)
                 self._finished.append(self._layer.finish())
             begin += end - start
 
@@ -221,46 +231,67 @@ class _Sums:
         return Summary(vectors, *errors)
 
 
+class _Moments(NamedTuple):
+    """Of some tokens of each of R networks, in float64."""
+
+    tokens: int
+    mean_RL: Tensor
+    squares_RL: Tensor
+    """Sum of squared deviations from the mean."""
+    errors_R5: Tensor | None
+    """``explained_variance_sums`` of their weights."""
+
+
+def _moments(z_RnL: Tensor, errors_Rn5: Tensor | None) -> _Moments:
+    exact_RnL = z_RnL.double()
+    mean_RL = exact_RnL.mean(dim=1)
+    squares_RL = (exact_RnL - mean_RL[:, None]).square_().sum(dim=1)
+    return _Moments(z_RnL.shape[1], mean_RL, squares_RL, None if errors_Rn5 is None else errors_Rn5.sum(dim=1))
+
+
+def _merged(first: _Moments, second: _Moments) -> _Moments:
+    """The moments of the tokens of both (Chan, Golub and LeVeque 1979)."""
+    tokens, gap_RL = first.tokens + second.tokens, second.mean_RL - first.mean_RL
+    mean_RL = first.mean_RL + gap_RL * (second.tokens / tokens)
+    squares_RL = first.squares_RL + second.squares_RL + gap_RL**2 * (first.tokens * (second.tokens / tokens))
+    pair = first.errors_R5, second.errors_R5
+    errors_R5 = None if pair[0] is None or pair[1] is None else pair[0] + pair[1]
+    return _Moments(tokens, mean_RL, squares_RL, errors_R5)
+
+
 class _Group:
     """Some tokens of each of R networks: moments of all, and the embeddings of those that quantiles are taken of."""
 
+    moments: _Moments
+
     def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
-        self._seen = 0
-        self._mean_RL, self._squares_RL = torch.zeros(()), torch.zeros(())
-        self._errors_R5: Tensor | None = None
         self._chosen = _spread(tokens, EXACT_TOKENS) if tokens > EXACT_TOKENS else None
+        self._seen = 0
         self._sample: list[Tensor] = []
 
-    def add(self, z_RnL: Tensor, errors_Rn5: Tensor | None) -> None:
-        """Takes the next tokens. Moments are merged in float64 (Chan, Golub and LeVeque 1979)."""
-        new, seen = z_RnL.shape[1], self._seen
-        variance_RL, mean_RL = torch.var_mean(z_RnL.double(), dim=1, correction=0)
-        gap_RL = mean_RL - self._mean_RL.to(mean_RL)
-        self._mean_RL = self._mean_RL.to(mean_RL) + gap_RL * (new / (seen + new))
-        self._squares_RL = self._squares_RL.to(mean_RL) + variance_RL * new + gap_RL**2 * (seen * new / (seen + new))
-        if errors_Rn5 is not None:
-            sums = errors_Rn5.sum(dim=1)
-            self._errors_R5 = sums if self._errors_R5 is None else self._errors_R5 + sums
+    def sample(self, z_RnL: Tensor) -> None:
+        """Takes the next embeddings for the quantiles."""
+        first, self._seen = self._seen, self._seen + z_RnL.shape[1]
         if self._chosen is not None:
-            begin, end = np.searchsorted(self._chosen, [seen, seen + new])
-            places = torch.from_numpy(self._chosen[begin:end] - seen).to(z_RnL.device)
-            z_RnL = z_RnL.index_select(1, places)
+            begin, end = np.searchsorted(self._chosen, [first, self._seen])
+            z_RnL = z_RnL.index_select(1, torch.from_numpy(self._chosen[begin:end] - first).to(z_RnL.device))
         self._sample.append(z_RnL)
-        self._seen += new
+
+    def merge(self, moments: _Moments) -> None:
+        """Takes the moments of the next embeddings."""
+        self.moments = _merged(self.moments, moments) if hasattr(self, "moments") else moments
 
     def finish(self) -> dict[str, Any]:
         """Every vector [R, L] and error [R], on the CPU."""
-        assert self._seen == self._tokens
-        std_RL = (self._squares_RL / self._tokens).sqrt()
-        ordered_RnL = torch.cat(self._sample, dim=1).sort(dim=1).values
-        quantiles = [_quantile(ordered_RnL, quantile) for quantile in QUANTILES]
-        values = zip(VECTORS, (self._mean_RL, std_RL, *quantiles), strict=True)
-        found: dict[str, Any] = {name: value.float().cpu().numpy() for name, value in values}
+        tokens, mean_RL, squares_RL, errors_R5 = self.moments
+        ordered_RnL = _sorted(torch.cat(self._sample, dim=1))
         self._sample = []
-        if self._errors_R5 is None:
+        quantiles = [_quantile(ordered_RnL, quantile) for quantile in QUANTILES]
+        values = zip(VECTORS, (mean_RL, (squares_RL / tokens).sqrt(), *quantiles), strict=True)
+        found: dict[str, Any] = {name: value.float().cpu().numpy() for name, value in values}
+        if errors_R5 is None:
             return found | {"mse": None, "explained_variance": None}
-        sums_5R = self._errors_R5.cpu().T
+        sums_5R = errors_R5.cpu().T
         return found | {
             "mse": (sums_5R[2] / sums_5R[0]).numpy(),
             "explained_variance": explained_variance(sums_5R).numpy(),
@@ -275,6 +306,15 @@ def _errors(decoded_RnT: Tensor, tokens_RnT: Tensor, signal_n: Tensor) -> Tensor
     counts = signal_n.double().expand(error.shape[:2])
     terms = (error.sum(dim=-1), error.square().sum(dim=-1), target.sum(dim=-1), target.square().sum(dim=-1))
     return torch.stack([counts, *(term.double() for term in terms)], dim=-1)
+
+
+def _sorted(values_RnL: Tensor) -> Tensor:
+    """Sorted along the second axis; on a CPU by numpy, which takes a tenth of the time."""
+    if values_RnL.device.type != "cpu":
+        return values_RnL.sort(dim=1).values
+    ordered_RLn = np.array(values_RnL.numpy().transpose(0, 2, 1), order="C")
+    ordered_RLn.sort(axis=-1)
+    return torch.from_numpy(ordered_RLn).transpose(1, 2)
 
 
 def _quantile(ordered_RnL: Tensor, quantile: float) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sane_ray.embedding.encoder import Read
+from sane_ray.embedding.encoder import Read, in_memory
 from sane_ray.embedding.preprocessing import Prepared, Preprocessing
 from sane_ray.errors import InputError
 from sane_ray.tokens.layers import LayerTable
@@ -125,7 +125,7 @@ class StoredNetworks:
         for begin in range(0, len(rows), at_once):
             some = rows[begin : begin + at_once]
             tokens = [self._as_prepared(row, prepared)(as_float32(values[row], self._store.dtype), 0) for row in some]
-            yield self._batch(some, prepared, in_memory(tokens))
+            yield self._batch(some, prepared, in_memory(torch.stack(tokens)))
 
     def _batch(self, rows: list[int], prepared: Prepared, read: Read) -> Batch:
         return Batch(rows, [self._ids[row].as_py() for row in rows], prepared, read)
@@ -254,13 +254,7 @@ def _own_norms(checkpoint: Checkpoint, table: LayerTable) -> Tensor:
 
 def _together(waiting: Sequence[tuple[int, Record, Tensor]], prepared: Prepared) -> Batch:
     rows, records, tokens = zip(*waiting, strict=True)
-    return Batch(list(rows), [record.id for record in records], prepared, in_memory(tokens))
-
-
-def in_memory(tokens: Sequence[Tensor]) -> Read:
-    """Reads the tokens [N, T] of several networks."""
-    tokens_RNT = torch.stack(list(tokens))
-    return lambda start, stop: tokens_RNT[:, start:stop]
+    return Batch(list(rows), [record.id for record in records], prepared, in_memory(torch.stack(tokens)))
 
 
 def _finite(tokens_nT: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from sane_ray.autoencoder.losses import (
 )
 from sane_ray.autoencoder.model import SANE
 from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig
+from sane_ray.hardware import has_bfloat16
 from sane_ray.pretraining.augment import augmented_views
 from sane_ray.pretraining.batch import Batch
 from sane_ray.pretraining.sharding import average_gradients, matrices, prepare, vectors
@@ -366,11 +367,7 @@ def choose_precision(wanted: Literal["auto", "float32", "bfloat16"], device: tor
     """
     if wanted != "auto":
         return getattr(torch, wanted)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    agreed = torch.tensor(int(native), device=device)
+    agreed = torch.tensor(int(has_bfloat16(device)), device=device)
     if dist.is_initialized():
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
     return torch.bfloat16 if agreed else torch.float32

@@ -1,0 +1,110 @@
+"""What the layers of networks look like along depth: statistics of their embeddings beside spectra of their weights.
+
+The published README and section 4.2 of the paper (arXiv 2406.09997) set the spread of a layer's token embeddings beside
+its log spectral norm and its weighted alpha. Shape suffixes: R networks of one architecture, K layers, L latent values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from sane_ray.embedding import Embeddings
+from sane_ray.properties.spectral import NAMES, spectral_metrics
+from sane_ray.tokens.layers import LayerTable
+from sane_ray.zoo.checkpoint import Checkpoint
+
+Array = NDArray[np.float64]
+
+LARGEST_MATRIX = 4096 * 4096
+"""Singular values of larger matrices take minutes, and are left out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Profiles:
+    """Numbers of every layer of networks of one architecture.
+
+    Attributes:
+        ids: Of the networks.
+        layers: Names of the layers, front to back.
+        measures: By name, each [R, K]; NaN where a layer has none.
+    """
+
+    ids: list[str]
+    layers: list[str]
+    measures: dict[str, Array]
+
+
+def profiles(
+    embeddings: Embeddings, architecture: str, spectra: Mapping[str, Mapping[str, Array]] | None = None
+) -> Profiles:
+    """Reads off the layers of one architecture's networks.
+
+    * ``spread``: mean over the latent values of their standard deviation over the layer's tokens (the paper's z_l);
+    * ``norm``: length of the mean embedding;
+    * ``error``: squared error of the reconstructed weights, as normalised;
+    * with ``spectra``, those of ``NAMES`` that are given.
+
+    Args:
+        embeddings: Of the networks.
+        architecture: One of theirs.
+        spectra: By network id and metric, a value a layer ([K]).
+    """
+    ids, std_RKL = embeddings.layer_vectors("std", architecture)
+    _, mean_RKL = embeddings.layer_vectors("mean", architecture)
+    wanted = pc.is_in(embeddings.layers["id"], value_set=_array(ids))
+    rows = embeddings.layers.filter(wanted)
+    layers = rows["name"].to_pylist()[: std_RKL.shape[1]]
+    measures = {
+        "spread": std_RKL.mean(axis=2).astype(np.float64),
+        "norm": np.linalg.norm(mean_RKL, axis=2).astype(np.float64),
+        "error": _floats(rows["reconstruction_mse"]).reshape(len(ids), -1),
+    }
+    for metric in NAMES if spectra else ():
+        empty = np.full(len(layers), np.nan)
+        measures[metric] = np.stack([spectra[one].get(metric, empty) if one in spectra else empty for one in ids])
+    return Profiles(ids, layers, measures)
+
+
+def spectra_of(checkpoint: Checkpoint, table: LayerTable) -> dict[str, Array]:
+    """Spectral metrics of a network's weight matrices, by name, a value a layer; see ``spectral_metrics``.
+
+    Args:
+        checkpoint: Its weights, read tensor by tensor.
+        table: Its layers.
+    """
+    found = {name: np.full(len(table.layers), np.nan) for name in NAMES}
+    for place, layer in enumerate(table.layers):
+        if min(layer.channels, layer.fan_in) < 2 or layer.channels * layer.fan_in > LARGEST_MATRIX:
+            continue
+        matrix_CF = checkpoint.tensor(layer.key).to(torch.float32).reshape(layer.channels, -1).numpy()
+        for name, value in zip(NAMES, spectral_metrics(matrix_CF[None])[0], strict=True):
+            found[name][place] = value
+    return found
+
+
+def along_depth(profiles: Profiles, first: str, second: str) -> Array:
+    """Spearman's rank correlation of two measures over each network's layers, [R]; NaN with fewer than 4 layers."""
+    from scipy.stats import spearmanr
+
+    found = []
+    for one, other in zip(profiles.measures[first], profiles.measures[second], strict=True):
+        known = np.isfinite(one) & np.isfinite(other)
+        enough = known.sum() >= 4 and np.ptp(one[known]) > 0 and np.ptp(other[known]) > 0
+        found.append(float(spearmanr(one[known], other[known]).statistic) if enough else np.nan)
+    return np.array(found)
+
+
+def _array(values: list[str]):  # noqa: ANN202 - a pyarrow array, whose classes have no stubs
+    import pyarrow as pa
+
+    return pa.array(values, pa.string())
+
+
+def _floats(column: object) -> Array:
+    return np.array([np.nan if value is None else value for value in column.to_pylist()], np.float64)  # type: ignore[attr-defined]

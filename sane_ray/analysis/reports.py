@@ -1,0 +1,116 @@
+"""The report of a prediction: one HTML file that says how well properties are read, with which features, and how sure.
+
+Shape suffixes: none; reads the folder that jobs/predict.py writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sane_ray.report.page import Block, Bold, Code, Folded, Items, Picture, Section, Table, Text, number, write_report
+
+CAPTIONS = {
+    "map": "Networks by their embeddings: the plane of the two directions in which they differ most. Lines join the "
+    "checkpoints of one model. Colours that change smoothly mean that embeddings know the property.",
+    "depth": "Layers from front to back: what embeddings say of them (blue) and spectra of the weights (orange).",
+    "network": "The network layer by layer: its embeddings, and how well its weights are reconstructed.",
+    "r2": "R² with 95 % intervals over test models: 1 is perfect, 0 is guessing the mean. Intervals that overlap "
+    "widely do not tell two feature sets apart.",
+    "tau": "Kendall's tau with 95 % intervals: whether networks are put in the right order.",
+    "accuracy": "Fraction of test networks whose category is right, with 95 % intervals.",
+    "predictions": "Test networks by the fit that validation liked best: on the dashed line, predictions are exact.",
+    "layers": "What each layer is worth: how much R² falls when its features are exchanged among test networks.",
+}
+"""What to look for in each picture, by its file's name."""
+
+LABELS = {"r2": "R²", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
+
+
+def write_prediction_report(
+    results: Mapping[str, Any], pictures: Sequence[Path], path: Path, command: str = ""
+) -> Path:
+    """Writes the report.
+
+    Args:
+        results: Content of results.json.
+        pictures: PNG files, in the order in which they are to be seen.
+        path: File to write.
+        command: What made the results, for whoever wants them again.
+    """
+    rows = results["rows"]
+    own = [row for row in rows if row["protocol"] == "split"]
+    zoos = ", ".join(
+        f"{zoo['name']} ({zoo['models']:,} models, {zoo['checkpoints']:,} checkpoints)" for zoo in results["zoos"]
+    )
+    sections = [
+        Section("Is SANE worth it?", [Items(results["verdict"])] if results["verdict"] else []),
+        Section("How well properties are read", list(score_tables(own))),
+        Section("Pictures", [Picture(path, CAPTIONS.get(path.stem, "")) for path in pictures if path.suffix == ".png"]),
+        Section("Other protocols", list(other_tables(rows))),
+        Section("Notes", [Items(results["notes"])] if results["notes"] else []),
+        Section("How it was made", list(_made(results, command))),
+    ]
+    lead = f"Properties of networks predicted from their weights: {zoos}. No model is in two of the splits."
+    return write_report(path, "Reading models", sections, lead)
+
+
+def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """One table a property: every feature set and probe with its intervals; the best value of each score is bold."""
+    tables: list[Block] = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        fitted = [row for row in rows if row["target"] == target and _measured(row)]
+        if not fitted:
+            notes = dict.fromkeys(row.get("note", "") for row in rows if row["target"] == target)
+            tables.append(Text(f"{target}: {'; '.join(note for note in notes if note) or 'nothing was fitted'}"))
+            continue
+        metrics = [name for name in LABELS if any(row.get(name) is not None for row in fitted)]
+        best = {
+            name: (min if name == "mae" else max)(r[name] for r in fitted if r.get(name) is not None)
+            for name in metrics
+        }
+        lines = [
+            [row["features"], row["probe"], *(_cell(row, name, best[name]) for name in metrics), row.get("choice", "")]
+            for row in fitted
+        ]
+        counts = ", ".join(f"{fitted[0][f'n_{split}']:,} {split}" for split in ("train", "val", "test"))
+        caption = f"{target} (checkpoints: {counts})"
+        tables.append(Table(["features", "probe", *(LABELS[name] for name in metrics), "chosen"], lines, caption))
+    return tables
+
+
+def other_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """R² of the other protocols: a table a protocol and property, a line a part, a column a feature set."""
+    blocks: list[Block] = []
+    others = [row for row in rows if row["protocol"] != "split" and row.get("r2") is not None]
+    for protocol, target, probe in dict.fromkeys((row["protocol"], row["target"], row["probe"]) for row in others):
+        mine = [row for row in others if (row["protocol"], row["target"], row["probe"]) == (protocol, target, probe)]
+        features = list(dict.fromkeys(row["features"] for row in mine))
+        cells = {(row["part"], row["features"]): row["r2"] for row in mine}
+        parts = dict.fromkeys(row["part"] for row in mine)
+        lines = [[part, *(number(cells.get((part, name))) for name in features)] for part in parts]
+        blocks.append(Table(["", *features], lines, f"{protocol}, {target}, {probe}: R²"))
+    return [Folded(f"{len(blocks)} tables", blocks)] if len(blocks) > 2 else blocks
+
+
+def _made(results: Mapping[str, Any], command: str) -> list[Block]:
+    compute = results["compute"]
+    said = f"{compute['seconds']:,.0f} seconds on {compute['cores']} cores for the fits"
+    blocks: list[Block] = [Text(f"{said}.")]
+    blocks += [Code(command)] if command else []
+    settings = results["settings"]["properties"]
+    blocks.append(Folded("Settings", [Code("\n".join(f"{name}: {value}" for name, value in settings.items()))]))
+    return blocks
+
+
+def _measured(row: Mapping[str, Any]) -> bool:
+    return any(row.get(name) is not None for name in LABELS)
+
+
+def _cell(row: Mapping[str, Any], metric: str, best: float) -> Any:
+    value, low, high = row.get(metric), row.get(f"{metric}_low"), row.get(f"{metric}_high")
+    if value is None:
+        return "–"
+    text = f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
+    return Bold(text) if value == best else text
