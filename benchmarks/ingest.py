@@ -44,8 +44,7 @@ from train_step import SHAPES
 
 from sane_ray.cluster import connect, quieten
 from sane_ray.config import PRESETS, AugmentationConfig, ClusterConfig, PretrainJob, TokensConfig
-from sane_ray.pretraining.history import read_history
-from sane_ray.pretraining.progress import Point
+from sane_ray.pretraining.history import Point, read_history
 from sane_ray.pretraining.stream import Columns, Part, WindowReader, plan_of_store, stream
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.reading import RAW_DTYPES

@@ -8,7 +8,6 @@ from __future__ import annotations
 from sane_ray.cli import run_job
 from sane_ray.cluster import connect, default_storage, local_path
 from sane_ray.config import BuildZooJob
-from sane_ray.zoo.builder import build_zoo, check_zoo, describe, plan_zoo
 
 EXAMPLES = """\
 examples:
@@ -22,6 +21,8 @@ The same command goes on after an interruption; a finished network is not traine
 
 def main(config: BuildZooJob, dry_run: bool) -> None:
     """Builds what is missing of the zoo, or prints its plan."""
+    from sane_ray.zoo.builder import build_zoo, check_zoo, describe, plan_zoo  # imports torch: not for --help
+
     plan = plan_zoo(config.zoo)
     default = default_storage(config.storage) / "zoos" / plan.images.name
     zoo = local_path(config.output, "output") if config.output else default

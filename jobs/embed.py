@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sane_ray.autoencoder.model import CONFIG_FILE
 from sane_ray.cli import run_job
@@ -18,12 +19,22 @@ from sane_ray.tokens.store import TokenStore
 from sane_ray.zoo.catalog import catalog_source
 from sane_ray.zoo.sources import Source, read, to_fetch
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 EXAMPLES = """examples:
   python jobs/embed.py --model results/runs/RUN --store results/stores/digits
   python jobs/embed.py --model MODEL --source network.safetensors          one network, preprocessed as in training
   python jobs/embed.py --model MODEL --source ZOO --embedding.tokens       every token as well
   python jobs/embed.py --model MODEL --store STORE --cluster.num_workers 4 --cluster.gpu yes
 """
+
+PICTURES = "plots"
+"""Folder of the pictures, inside that of the embeddings."""
+
+MOST_SPECTRA_BYTES = 2e9
+"""Of checkpoints whose singular values are computed for the pictures: more would take minutes."""
 
 _LISTED = 20
 _MODEL_FOLDER = "model"
@@ -43,7 +54,8 @@ def main(job: EmbedJob, dry_run: bool) -> None:
         print("dry run: nothing was started")
         return
     embeddings = Embeddings.open(plan.output) if already else embed(plan, job.cluster)
-    print(report(embeddings, already=already))
+    pictures = draw(plan, embeddings)
+    print(report(embeddings, pictures, already=already))
 
 
 def plan_of(job: EmbedJob, storage: Path) -> Plan:
@@ -92,7 +104,33 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def report(embeddings: Embeddings, *, already: bool) -> str:
+def draw(plan: Plan, embeddings: Embeddings) -> list[Path]:
+    """The pictures, with spectra of the weights where these are few and small."""
+    from sane_ray.analysis.pictures import draw_embeddings  # matplotlib and scipy take seconds to import
+
+    return draw_embeddings(embeddings, embeddings.path / PICTURES, spectra_of_plan(plan, embeddings))
+
+
+def spectra_of_plan(plan: Plan, embeddings: Embeddings) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Spectral metrics of the layers of checkpoints that were embedded as they are, by id; of a store none."""
+    from sane_ray.analysis.depth import spectra_of
+    from sane_ray.tokens.layers import LayerTable
+    from sane_ray.zoo.catalog import open_record
+
+    records = [record for unit in plan.units for record in unit.records]
+    if not records or plan.size > MOST_SPECTRA_BYTES:
+        return {}
+    models = embeddings.models
+    architectures = dict(zip(models["id"].to_pylist(), models["architecture"].to_pylist(), strict=True))
+    tables = {name: LayerTable.from_dict(table) for name, table in embeddings.index["architectures"].items()}
+    return {
+        record.id: spectra_of(open_record(record), tables[architectures[record.id]])
+        for record in records
+        if record.id in architectures
+    }
+
+
+def report(embeddings: Embeddings, pictures: Sequence[Path], *, already: bool) -> str:
     """What was left out, which architectures the model does not know, where everything is, and what comes next."""
     source = embeddings.index["source"]
     store = source["path"] if source["kind"] == "store" else "STORE"
@@ -101,7 +139,8 @@ def report(embeddings: Embeddings, *, already: bool) -> str:
         f"{len(embeddings.layers):,} layers, {embeddings.latent_dim} values each; next: python jobs/predict.py "
         f"--embeddings {shlex.quote(str(embeddings.path))} --store {shlex.quote(store)}"
     )
-    return "\n".join([*left_out(embeddings), *unknown(embeddings), done])
+    seen = [f"picture  {path}" for path in pictures if path.suffix == ".png"]
+    return "\n".join([*left_out(embeddings), *unknown(embeddings), *seen, done])
 
 
 def left_out(embeddings: Embeddings) -> Iterator[str]:

@@ -21,6 +21,8 @@ from sane_ray.properties.table import describe, results_table
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tracking import Tracker, default_uri, ui_command
 
+PICTURES, REPORT_FILE = "plots", "report.html"
+
 EXPERIMENT = "sane_ray properties"
 """Name of the MLflow experiment."""
 
@@ -64,6 +66,7 @@ def main(job: PredictJob, dry_run: bool) -> None:
         return
     with tracked(name, digest, settings, output, storage) as tracker:
         results = predict(zoos, job.properties, output)
+        report(results, zoos, job, output)
         log(results, output, tracker)
     print(ending(results, output, storage))
 
@@ -160,6 +163,23 @@ def tracked(name: str, digest: str, settings: dict[str, Any], output: Path, stor
     tracker.finish("FINISHED")
 
 
+def report(results: dict[str, Any], zoos: list[Zoo], job: PredictJob, output: Path) -> None:
+    """Draws the pictures and writes the report beside the results."""
+    from sane_ray.analysis.attribution import layers_behind  # scipy and matplotlib take seconds to import
+    from sane_ray.analysis.pictures import draw_embeddings, draw_predictions
+    from sane_ray.analysis.reports import write_prediction_report
+
+    zoo, wanted = zoos[0], job.properties
+    features = next((name for name in ("sane+statistics", *wanted.features) if name in wanted.features), "")
+    layers = layers_behind(zoo, wanted.targets, features, last_epoch_only=wanted.epochs == "last", seed=wanted.seed)
+    pictures = draw_predictions(output, output / PICTURES, layers)
+    if isinstance(zoo.embeddings, Embeddings):
+        pictures += draw_embeddings(zoo.embeddings, output / PICTURES)
+    flags = {"embeddings": job.embeddings, "store": job.store, "other_embeddings": job.other_embeddings}
+    command = shlex.join(["python", "jobs/predict.py", *(p for k, v in flags.items() if v for p in (f"--{k}", v))])
+    write_prediction_report(results, pictures, output / REPORT_FILE, command)
+
+
 def log(results: dict[str, Any], output: Path, tracker: Tracker) -> None:
     """Hands the metrics of the zoo's own split and the result files to MLflow."""
     point: dict[str, object] = {"step": 0}
@@ -172,20 +192,20 @@ def log(results: dict[str, Any], output: Path, tracker: Tracker) -> None:
     for file in sorted(output.iterdir()):
         if file.is_file():
             tracker.log_artifact(file)
+    tracker.log_folder(output / PICTURES)
 
 
 def ending(results: dict[str, Any], output: Path, storage: Path) -> str:
     """The table, the verdict, where the results are and what to do next."""
     seconds, mlflow = results["compute"]["seconds"], ui_command(default_uri(storage))
-    reading = f"import pandas; print(pandas.read_parquet('{output / 'results.parquet'}'))"
     return "\n".join(
         [
             *results_table(results),
             "",
             *results["verdict"],
             f"took     {seconds:,.0f} s; MLflow: {mlflow}",
-            f"results  {output} (results.json, results.parquet, predictions.parquet); "
-            f"next: python -c {shlex.quote(reading)}",
+            f"results  {output} (results.json, results.parquet, predictions.parquet, {PICTURES}); "
+            f"next: open {output / REPORT_FILE}",
         ]
     )
 

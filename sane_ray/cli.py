@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_setti
 
 from sane_ray.config import to_dict
 from sane_ray.errors import InputError
+from sane_ray.interrupts import INTERRUPTED, interruptible
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -28,8 +29,7 @@ Config = TypeVar("Config", bound="DataclassInstance")
 BAD_INPUT = 2
 """Exit status when the input is wrong; 1 is left to defects and failures."""
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+_INTERRUPTED = "interrupted: the same command goes on from what is done (a second Ctrl-C ends at once)"
 
 
 def run_job(
@@ -42,7 +42,8 @@ def run_job(
 ) -> None:
     """Parses the command line into a ``job`` config and calls ``main(config, dry_run)``.
 
-    Exits with status 2 and one sentence on bad input; any other exception keeps its traceback.
+    Exits with status 2 and one sentence on bad input, and with 130 after Ctrl-C or SIGTERM; any other exception keeps
+    its traceback.
 
     Args:
         job: dataclass of the job's config; its docstring and its fields' docstrings are the help.
@@ -52,12 +53,12 @@ def run_job(
         argv: arguments, by default the process's.
     """
     try:
-        config, dry_run = parse(job, presets=presets, examples=examples, argv=argv)
-        main(config, dry_run)
+        with interruptible(_INTERRUPTED):
+            config, dry_run = parse(job, presets=presets, examples=examples, argv=argv)
+            main(config, dry_run)
     except InputError as error:
         stop(error)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from what is done", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

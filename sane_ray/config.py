@@ -390,7 +390,7 @@ class PretrainingConfig:
     validation_windows: int = 512
     """Windows of the fixed validation set, held in memory."""
 
-    checkpoint_every: float = 5.0
+    checkpoint_every: float = 1.0
     """Epochs between checkpoints, about, since they are rounded to whole steps (0.1: ten in an epoch); the end always
     writes one. They are written beside training: a crash costs at most the steps of two such intervals; when a node
     is announced to be taken away, one checkpoint is written after the other."""
@@ -663,7 +663,8 @@ class PropertiesConfig:
             "sane+statistics+spectral",
         ]
     )
-    """Feature sets, sums of `sane`, `sane_mean`, `statistics`, `statistics_published`, `spectral` and `weights`."""
+    """Feature sets, sums of `sane` (which is `sane_vectors+sane_shape`), `sane_mean`, `statistics`,
+    `statistics_published`, `spectral` and `weights`."""
 
     probes: list[Literal["ridge", "boosting"]] = field(default_factory=lambda: ["ridge", "boosting"])
     """Probes of numbers; categories take logistic regression."""
@@ -693,7 +694,8 @@ class PropertiesConfig:
     """Of the draws, and the first of the boostings."""
 
     def __post_init__(self) -> None:
-        known = ("sane", "sane_mean", "statistics", "statistics_published", "spectral", "weights")
+        from_embeddings = ("sane", "sane_mean", "sane_vectors", "sane_shape")
+        known = (*from_embeddings, "statistics", "statistics_published", "spectral", "weights")
         for name in self.features:
             parts = name.split("+")
             known_parts = set(parts) <= set(known) and len(set(parts)) == len(parts)

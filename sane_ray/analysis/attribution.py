@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sane_ray.properties.evaluation import r2_score
-from sane_ray.properties.features import Block
-from sane_ray.properties.probes import Probe
+from sane_ray.properties.features import Block, FeatureSource, Unavailable, Zoo
+from sane_ray.properties.probes import BlockRidge, Probe
+from sane_ray.properties.protocols import Population
+from sane_ray.properties.targets import find_target
 
 WHOLE = "whole network"
 """Group of the columns that are of no layer."""
@@ -90,3 +92,39 @@ def _exchanged(
         changed[name] = values[name].copy()
         changed[name][test[:, None], at] = values[name][partner[:, None], at]
     return changed
+
+
+def layers_behind(
+    zoo: Zoo, targets: Sequence[str], features: str, *, last_epoch_only: bool = False, seed: int = 0
+) -> dict[str, list[Importance]]:
+    """What each layer of a zoo's networks is worth to a block ridge of each numeric property.
+
+    Args:
+        zoo: Whose properties.
+        targets: Their names; what cannot be predicted is left out.
+        features: A feature set, such as ``sane+statistics``.
+        last_epoch_only: Each model counts with its last checkpoint alone.
+        seed: Of the permutations.
+
+    Returns:
+        By property, the most important layer first; empty where the features cannot be had or no layer is alone.
+    """
+    try:
+        blocks = FeatureSource([zoo]).blocks(features)
+    except Unavailable:
+        return {}
+    population, found = Population.of([zoo], last_epoch_only), {}
+    models_R = population.model_R.astype(str)
+    for name in targets:
+        target = find_target(name, zoo.table)
+        part = population.split().only(target.known_R)
+        if not target.usable or target.kind != "number" or part.complaint(population.model_R):
+            continue
+        if np.ptp(target.values_R[part.train]) == 0 or np.ptp(target.values_R[part.test]) == 0:
+            continue
+
+        def build(values: Mapping[str, NDArray[Any]]) -> Probe:
+            return BlockRidge(values, models_R)
+
+        found[name] = importances(build, blocks, target.values_R, (part.train, part.val, part.test), seed=seed)
+    return found

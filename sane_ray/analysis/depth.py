@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
@@ -57,7 +58,7 @@ def profiles(
     """
     ids, std_RKL = embeddings.layer_vectors("std", architecture)
     _, mean_RKL = embeddings.layer_vectors("mean", architecture)
-    wanted = pc.is_in(embeddings.layers["id"], value_set=_array(ids))
+    wanted = pc.is_in(embeddings.layers["id"], value_set=pa.array(ids, pa.string()))
     rows = embeddings.layers.filter(wanted)
     layers = rows["name"].to_pylist()[: std_RKL.shape[1]]
     measures = {
@@ -65,9 +66,9 @@ def profiles(
         "norm": np.linalg.norm(mean_RKL, axis=2).astype(np.float64),
         "error": _floats(rows["reconstruction_mse"]).reshape(len(ids), -1),
     }
-    for metric in NAMES if spectra else ():
-        empty = np.full(len(layers), np.nan)
-        measures[metric] = np.stack([spectra[one].get(metric, empty) if one in spectra else empty for one in ids])
+    known, empty = spectra or {}, np.full(len(layers), np.nan)
+    for metric in NAMES if known else ():
+        measures[metric] = np.stack([known[one].get(metric, empty) if one in known else empty for one in ids])
     return Profiles(ids, layers, measures)
 
 
@@ -98,12 +99,6 @@ def along_depth(profiles: Profiles, first: str, second: str) -> Array:
         enough = known.sum() >= 4 and np.ptp(one[known]) > 0 and np.ptp(other[known]) > 0
         found.append(float(spearmanr(one[known], other[known]).statistic) if enough else np.nan)
     return np.array(found)
-
-
-def _array(values: list[str]):  # noqa: ANN202 - a pyarrow array, whose classes have no stubs
-    import pyarrow as pa
-
-    return pa.array(values, pa.string())
 
 
 def _floats(column: object) -> Array:

@@ -120,8 +120,7 @@ def draw_predictions(
     if panels:
         written += save(predictions_figure(panels), folder / "predictions.png")
     if importances:
-        bars = {f"{target}": [tuple(one) for one in found] for target, found in importances.items()}
-        written += save(importances_figure(bars), folder / "layers.png")
+        written += save(importances_figure(importances), folder / "layers.png")
     return written
 
 

@@ -6,7 +6,7 @@ was written.
 Only ``writing`` imports Ray, and is imported by who writes.
 """
 
-from sane_ray.embedding.encoder import QUANTILES, VECTORS, Embedder, Summary
+from sane_ray.embedding.encoder import QUANTILES, SHAPE, VECTORS, Embedder, Summary
 from sane_ray.embedding.reading import Embeddings
 
-__all__ = ["QUANTILES", "VECTORS", "Embedder", "Embeddings", "Summary"]
+__all__ = ["QUANTILES", "SHAPE", "VECTORS", "Embedder", "Embeddings", "Summary"]

@@ -33,8 +33,17 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 VECTORS = ("mean", "std", *(f"q{round(100 * quantile):02d}" for quantile in QUANTILES))
 """What is kept of the embeddings of a network's or layer's tokens, each a vector of L values."""
 
+VARIANCES = 4
+SHAPE = (
+    *("norm_mean", "norm_std", *(f"norm_q{round(100 * quantile):02d}" for quantile in QUANTILES)),
+    *("mean_norm", "effective_rank", *(f"variance_{place + 1}" for place in range(VARIANCES))),
+)
+"""What is kept of their shape, which no rotation of the latent space changes: mean, deviation and quantiles of the
+lengths of token embeddings, the length of the mean embedding, the effective rank of their covariance (exp of the
+entropy of its eigenvalues) and its largest eigenvalues."""
+
 EXACT_TOKENS = 65536
-"""Quantiles of more tokens are those of so many of them, spread evenly over all: off by some 0.2 % of the ranks."""
+"""Quantiles and shape of more tokens are those of so many of them, spread over them all: off by 0.2 % of the ranks."""
 
 _TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 65536}
 """On a CPU what its caches hold, on a GPU what keeps it busy."""
@@ -51,6 +60,8 @@ class Summary:
 
     vectors: dict[str, NDArray[np.float32]]
     """By a name in ``VECTORS``: [R, G, L]. The standard deviation is that of the tokens themselves (no Bessel)."""
+    shape: NDArray[np.float32]
+    """The numbers of ``SHAPE``, [R, G, len(SHAPE)]."""
     mse: NDArray[np.float64] | None
     """Squared error of reconstructed real weights, as normalised, [R, G]; None where nothing was decoded."""
     explained_variance: NDArray[np.float64] | None
@@ -225,10 +236,11 @@ class _Sums:
         """Of everything that was added, which must be whole networks."""
         groups = [self._whole.finish(), *self._finished]
         vectors = {name: np.stack([group[name] for group in groups], axis=1) for name in VECTORS}
+        shape = np.stack([group["shape"] for group in groups], axis=1)
         if groups[0]["mse"] is None:
-            return Summary(vectors, None, None)
+            return Summary(vectors, shape, None, None)
         errors = (np.stack([group[name] for group in groups], axis=1) for name in ("mse", "explained_variance"))
-        return Summary(vectors, *errors)
+        return Summary(vectors, shape, *errors)
 
 
 class _Moments(NamedTuple):
@@ -284,11 +296,12 @@ class _Group:
     def finish(self) -> dict[str, Any]:
         """Every vector [R, L] and error [R], on the CPU."""
         tokens, mean_RL, squares_RL, errors_R5 = self.moments
-        ordered_RnL = _sorted(torch.cat(self._sample, dim=1))
-        self._sample = []
+        sample_RnL, self._sample = torch.cat(self._sample, dim=1), []
+        ordered_RnL = _sorted(sample_RnL)
         quantiles = [_quantile(ordered_RnL, quantile) for quantile in QUANTILES]
         values = zip(VECTORS, (mean_RL, (squares_RL / tokens).sqrt(), *quantiles), strict=True)
         found: dict[str, Any] = {name: value.float().cpu().numpy() for name, value in values}
+        found["shape"] = _shape(sample_RnL, mean_RL.to(sample_RnL)).cpu().numpy()
         if errors_R5 is None:
             return found | {"mse": None, "explained_variance": None}
         sums_5R = errors_R5.cpu().T
@@ -306,6 +319,21 @@ def _errors(decoded_RnT: Tensor, tokens_RnT: Tensor, signal_n: Tensor) -> Tensor
     counts = signal_n.double().expand(error.shape[:2])
     terms = (error.sum(dim=-1), error.square().sum(dim=-1), target.sum(dim=-1), target.square().sum(dim=-1))
     return torch.stack([counts, *(term.double() for term in terms)], dim=-1)
+
+
+def _shape(z_RnL: Tensor, mean_RL: Tensor) -> Tensor:
+    """The numbers of ``SHAPE`` for some tokens of each of R networks, float32 [R, len(SHAPE)]."""
+    norms_Rn1 = z_RnL.norm(dim=2, keepdim=True)
+    ordered_Rn1 = _sorted(norms_Rn1)
+    lengths = [norms_Rn1.mean(dim=1), norms_Rn1.std(dim=1, correction=0)]
+    lengths += [_quantile(ordered_Rn1, quantile) for quantile in QUANTILES]
+    centred_RnL, (tokens, values) = z_RnL - mean_RL[:, None], z_RnL.shape[1:]
+    products = centred_RnL.mT @ centred_RnL if values < tokens else centred_RnL @ centred_RnL.mT
+    spectrum_RE = torch.linalg.eigvalsh(products / tokens).clamp(min=0).flip(-1)
+    shares_RE = spectrum_RE / spectrum_RE.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    rank_R1 = torch.special.entr(shares_RE).sum(dim=-1, keepdim=True).exp()
+    largest_RV = torch.nn.functional.pad(spectrum_RE, (0, VARIANCES))[:, :VARIANCES]
+    return torch.cat([*lengths, mean_RL.norm(dim=1, keepdim=True), rank_R1, largest_RV], dim=1)
 
 
 def _sorted(values_RnL: Tensor) -> Tensor:
@@ -327,5 +355,5 @@ def _quantile(ordered_RnL: Tensor, quantile: float) -> Tensor:
 
 def _spread(tokens: int, count: int) -> NDArray[np.int64]:
     """So many different tokens in order, one drawn from each of equal stretches; always the same."""
-    offsets = np.random.default_rng(0).random(count)
-    return ((np.arange(count) + offsets) * (tokens / count)).astype(np.int64)
+    bounds = np.arange(count + 1) * tokens // count
+    return np.random.default_rng(0).integers(bounds[:-1], bounds[1:])

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sane_ray.embedding.encoder import VECTORS, Keep, Summary
+from sane_ray.embedding.encoder import SHAPE, VECTORS, Keep, Summary
 from sane_ray.embedding.networks import Batch, LeftOut
 from sane_ray.embedding.reading import LAYERS_FILE, MODELS_FILE, TOKENS_FOLDER
 from sane_ray.tokens.layers import LayerTable
@@ -228,7 +228,8 @@ def _values(summary: Summary, groups: slice, latent_dim: int) -> dict[str, Any]:
     for name in VECTORS:
         flat = np.ascontiguousarray(summary.vectors[name][:, groups]).reshape(-1)
         columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), latent_dim)
-    return columns
+    flat = np.ascontiguousarray(summary.shape[:, groups]).reshape(-1)
+    return columns | {"shape": pa.FixedSizeListArray.from_arrays(pa.array(flat, pa.float32()), len(SHAPE))}
 
 
 def _tokens(identifier: str, first: int, z_nL: Tensor, table: LayerTable, dtype: str) -> pa.Table:

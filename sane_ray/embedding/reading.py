@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sane_ray.embedding.encoder import VECTORS
+from sane_ray.embedding.encoder import SHAPE, VECTORS
 from sane_ray.errors import InputError
 
 FORMAT = "sane_ray embeddings"
@@ -72,12 +72,13 @@ class Embeddings:
         """A vector of each checkpoint, [R, L], in the order of ``models``.
 
         Args:
-            name: ``mean``, ``std``, ``q01``, ``q25``, ``q50``, ``q75`` or ``q99`` (over its tokens).
+            name: ``mean``, ``std``, ``q01``, ``q25``, ``q50``, ``q75`` or ``q99`` (over its tokens), or ``shape`` (the
+                numbers of ``SHAPE`` in place of L).
 
         Raises:
             InputError: There is no vector of that name.
         """
-        return _matrix(self.models, _known(name), self.latent_dim)
+        return _matrix(self.models, _known(name), self._size(name))
 
     def layer_vectors(self, name: str, architecture: str) -> tuple[list[str], NDArray[np.float32]]:
         """A vector of each layer of each checkpoint of one architecture.
@@ -98,8 +99,11 @@ class Embeddings:
         ids = self.models.filter(pc.field("architecture") == architecture)["id"]
         rows = self.layers.filter(pc.is_in(self.layers["id"], value_set=ids.combine_chunks()))
         count = len(self.index["architectures"][architecture]["layers"])
-        matrix = _matrix(rows, _known(name), self.latent_dim)
-        return ids.to_pylist(), matrix.reshape(len(ids), count, self.latent_dim)
+        matrix = _matrix(rows, _known(name), self._size(name))
+        return ids.to_pylist(), matrix.reshape(len(ids), count, self._size(name))
+
+    def _size(self, name: str) -> int:
+        return len(SHAPE) if name == "shape" else self.latent_dim
 
     @property
     def left_out(self) -> list[dict[str, str]]:
@@ -145,8 +149,8 @@ def _read(folder: Path, name: str, index: dict[str, Any]) -> pa.Table:
 
 
 def _known(name: str) -> str:
-    if name not in VECTORS:
-        raise InputError(f"there are no vectors {name!r}: take one of {', '.join(VECTORS)}")
+    if name not in (*VECTORS, "shape"):
+        raise InputError(f"there are no vectors {name!r}: take one of {', '.join(VECTORS)} or shape")
     return name
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from sane_ray import __version__
 from sane_ray.autoencoder.model import CONFIG_FILE, SANE, WEIGHTS_FILE
-from sane_ray.cluster import Resources, connect, preflight
+from sane_ray.cluster import connect
 from sane_ray.config import ClusterConfig, EmbeddingConfig
 from sane_ray.embedding.encoder import QUANTILES, Embedder, window_and_halo
 from sane_ray.embedding.networks import (
@@ -45,6 +45,7 @@ from sane_ray.embedding.parts import PARTS_FOLDER, Gathered, Part, gather, part_
 from sane_ray.embedding.preprocessing import Preprocessing
 from sane_ray.embedding.reading import FORMAT, INDEX_FILE, VERSION, Embeddings, read_index
 from sane_ray.errors import InputError
+from sane_ray.preflight import Resources, preflight
 from sane_ray.tokens.store.inputs import SMALL_BYTES, SMALL_CHECKPOINTS, look
 from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.tokens.store.reading import TokenStore, file_digest, json_digest
@@ -256,8 +257,6 @@ def _on_ray(settings: Settings, units: Sequence[Unit], resources: Resources) -> 
         ),
         num_cpus=resources.cpus_per_worker,
         num_gpus=1 if resources.gpu else 0,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     for row in dataset.iter_rows():
         yield by_number[int(row["number"])], str(row["error"])

@@ -25,8 +25,8 @@ from sane_ray.autoencoder.halo import Windows
 from sane_ray.autoencoder.losses import explained_variance, explained_variance_sums
 from sane_ray.autoencoder.model import SANE
 from sane_ray.errors import InputError
+from sane_ray.pretraining.history import Point
 from sane_ray.pretraining.networks import Decoder, Group, answers, groups_of
-from sane_ray.pretraining.progress import Point
 from sane_ray.tokens.normalization import Normalization
 from sane_ray.tokens.store import SPLITS, Architecture, TokenStore
 from sane_ray.tokens.store.reading import as_float32

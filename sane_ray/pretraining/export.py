@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.errors import InputError
+from sane_ray.pretraining.ranks import is_first
 from sane_ray.pretraining.state import whole_model
 
 _LONGEST_PAUSE_S = 30.0
@@ -38,7 +38,7 @@ def export(
         InputError: on rank 0: ``folder`` holds other files, or storage failed for ``patience_s`` seconds.
     """
     weights = whole_model(model)
-    if not _is_first():
+    if not is_first():
         return None
     deadline, pause = time.monotonic() + patience_s, min(1.0, patience_s / 4)
     while True:
@@ -75,7 +75,7 @@ class Export:
         """
         self.finish()
         weights = whole_model(model)
-        if _is_first():
+        if is_first():
             copies = apart_from(model, weights)
             self._writing = self._thread.submit(self._attempt, model, copies, dict(model.provenance))
 
@@ -130,7 +130,3 @@ def _write(
         whole = SANE(model.config)
     whole.load_state_dict(weights, assign=True)
     whole.save_pretrained(folder, preprocessing=preprocessing, provenance=provenance)
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

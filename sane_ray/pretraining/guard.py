@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any, NamedTuple
 
-from sane_ray.pretraining.progress import Point
+from sane_ray.pretraining.history import Point
 
 WINDOW = 100
 """Steps whose gradient norms say what is usual."""

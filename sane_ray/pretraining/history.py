@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from ray.train import UserCallback
-
-from sane_ray.pretraining.progress import Point
+Point = dict[str, float]
+"""Metrics of one step by name, with ``step``, ``epoch`` and ``time`` (seconds since 1970)."""
 
 _TAIL_BYTES = 1 << 16
-
-_LOG = logging.getLogger(__name__)
-
-
-class HistoryCallback(UserCallback):
-    """Appends rank 0's points to a file, from the controller, which runs on the driver's node and outlives workers.
-
-    While the file cannot be written, points are kept and written later: storage that is away ends no training.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._kept: list[Point] = []
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Called by Ray Train when every worker has reported; ``metrics`` has one report a worker, by rank."""
-        away = bool(self._kept)
-        self._kept += [*metrics[0].get("evaluations", ()), *metrics[0].get("history", ())]
-        try:
-            append(self._path, self._kept)
-            self._kept = []
-        except OSError as error:
-            if not away:
-                _LOG.warning("%s cannot be written (%s): its points are kept and written later", self._path, error)
 
 
 def append(path: Path, points: Iterable[Point]) -> None:

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from sane_ray.autoencoder.losses import explained_variance
+from sane_ray.pretraining.history import Point
 from sane_ray.pretraining.step import METRICS, Trainer, global_metrics
-
-Point = dict[str, float]
-"""Metrics of one step by name, with ``step``, ``epoch`` and ``time`` (seconds since 1970)."""
 
 
 class Progress:

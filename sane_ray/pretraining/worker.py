@@ -10,20 +10,15 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from sane_ray.autoencoder.model import CONFIG_FILE
 from sane_ray.cluster import quieten
-from sane_ray.config import AugmentationConfig, AutoencoderConfig, LossConfig, PretrainingConfig
 from sane_ray.errors import InputError
 from sane_ray.hardware import measured_peak, peak_flops
 from sane_ray.pretraining.batch import Batch
@@ -32,17 +27,15 @@ from sane_ray.pretraining.checkpoints import Checkpoints
 from sane_ray.pretraining.evaluation import Evaluations
 from sane_ray.pretraining.export import Export, export
 from sane_ray.pretraining.guard import MOST_UNUSABLE, Spike, SpikeGuard
-from sane_ray.pretraining.progress import Point, Progress
+from sane_ray.pretraining.history import Point
+from sane_ray.pretraining.progress import Progress
+from sane_ray.pretraining.ranks import from_first
+from sane_ray.pretraining.run import BEST_FOLDER, MODEL_FOLDER, WorkerConfig
+from sane_ray.pretraining.snapshots import Snapshots
 from sane_ray.pretraining.state import TrainingState
 from sane_ray.pretraining.step import Trainer
 from sane_ray.pretraining.stream import WindowReader, fixed_batches, plan_of_store, stream, windows_of_split
 from sane_ray.tokens.store import TokenStore
-
-MODEL_FOLDER = "model"
-"""The model as it is at the end, inside the run's folder."""
-
-BEST_FOLDER = "model_best"
-"""The model as it was when its validation loss was lowest."""
 
 CHECKPOINT_FOLDER = "checkpoints"
 EVALUATION_FOLDER = "evaluations"
@@ -61,20 +54,6 @@ MOST_ROLLBACKS = 10
 """Spikes that a run goes back for; further ones are recorded."""
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """Everything a worker needs, decided by the launcher; travels to the workers as it is."""
-
-    folder: Path
-    """Of the run, on storage that all nodes share."""
-    store: Path
-    autoencoder: AutoencoderConfig
-    loss: LossConfig
-    augmentation: AugmentationConfig
-    pretraining: PretrainingConfig
-    threads: int
 
 
 class NotFinite(InputError):
@@ -149,17 +128,19 @@ class _Loop:
         """Lowest validation loss of a model in ``BEST_FOLDER``."""
         self.validated: Point = {}
         """The last validation; with ``validate_every``, the end has its own."""
+        self.validated_at = 0
+        """Its step."""
         self.candidate: float | None = None
         """Validation loss of a better one on its way there."""
         self.spikes = self.rollbacks = 0
         self.preempted = False
-        self.evaluations = (
+        self.snapshots = Snapshots(
+            self.folder / EVALUATION_FOLDER,
+            self.preprocessing,
             Evaluations(config.store, networks=self.config.evaluate_networks, seed=self.config.seed)
             if self.config.evaluate_every and self.rank == 0
-            else None
+            else None,
         )
-        self.snapshot: tuple[int, Export] | None = None
-        """A model on its way to an evaluation, and its step."""
         self.points: list[Point] = []
         """Of steps that are not reported yet."""
         self.reported: deque[list[Point]] = deque(maxlen=3)
@@ -173,8 +154,7 @@ class _Loop:
     def close(self) -> None:
         """Ends the data stream and what is being written."""
         with contextlib.ExitStack() as last:
-            if self.snapshot is not None:
-                last.callback(self.snapshot[1].close)
+            last.callback(self.snapshots.close)
             last.callback(self.best_model.close)
             last.callback(self.checkpoints.close)
             last.callback(self._end_stream)
@@ -222,13 +202,15 @@ class _Loop:
         if validating:
             self._validate()
         if evaluating:
-            self._evaluate()
+            self.snapshots.take(self.trainer.model, step, step / self.steps_per_epoch)
         if saving or notice or self.report_is_due:
             self._report()
-        if step == self.total or notice == "first":
+        if step == self.total:
             self.checkpoints.save(self._state())
         elif saving or notice:
             self.checkpoints.begin(self._state())
+        if notice == "first":
+            self.checkpoints.finish()
         self.progress.restart()
 
     def _look(self) -> Literal["", "first", "again"]:
@@ -243,7 +225,7 @@ class _Loop:
             return ""
         (then, before), now = self.looked, time.monotonic()
         ahead = int(LOOK_SECONDS * (step - before) / max(now - then, 1e-3)) if step > before else 1
-        self.looked, self.next_look = (now, step), step + max(1, int(self._from_first(ahead)))
+        self.looked, self.next_look = (now, step), step + max(1, int(from_first(ahead)))
         self.report_is_due = True
         if ray.train.get_preemption_info() is None:
             return ""
@@ -264,7 +246,8 @@ class _Loop:
         spikes = self.guard.look(points)
         self.spikes += len(spikes)
         if self.guard.unusable >= MOST_UNUSABLE:
-            self._raise_not_finite("train/gradient_norm", points[-1])
+            self.points += points
+            self._end_not_finite("train/gradient_norm")
         for spike in spikes if self.rank == 0 else ():
             _LOG.warning(
                 "step %d: the gradient's norm is %.3g, %.0f times the usual %.3g",
@@ -279,24 +262,26 @@ class _Loop:
         return spikes
 
     def _roll_back(self, spikes: list[Spike]) -> bool:
-        """Goes back to the last checkpoint, to leave out the batches of these steps; False if it does not.
+        """Goes back to the last checkpoint, to leave out the batch of the first of these spikes; False if it does not.
 
-        No loop: each time a batch more is left out, and after ``MOST_ROLLBACKS`` spikes are only recorded.
+        The others may have come of it. No loop: each time a batch more is left out, and after ``MOST_ROLLBACKS``
+        spikes are only recorded.
         """
         state = self.trainer.state
         if self.config.on_spike != "rollback" or self.rollbacks >= MOST_ROLLBACKS:
             return False
         self.checkpoints.finish()
-        known, counts = state.skipped, (self.spikes, self.rollbacks + 1)
+        known, counts, first = state.skipped, (self.spikes, self.rollbacks + 1), spikes[0].step
         if self._load() is None:
+            if self.rank == 0:
+                _LOG.warning("there is no checkpoint yet to go back to: the spike of step %d is only recorded", first)
             return False
-        state.skipped = sorted({*state.skipped, *known, *(spike.step - 1 for spike in spikes)})
+        state.skipped = sorted({*state.skipped, *known, first - 1})
         self.spikes, self.rollbacks = counts
         self.rewound_to = state.step
-        self.looked, self.next_look = (time.monotonic(), state.step), state.step
         self._end_stream()
         if self.rank == 0:
-            _LOG.warning("going back to step %d; the batches of these steps are left out from now on", state.step)
+            _LOG.warning("going back to step %d; the batch of step %d is left out from now on", state.step, first)
         self.progress.restart()
         return True
 
@@ -309,19 +294,23 @@ class _Loop:
         """Adds the validation to the last point, and keeps the model if it is the best so far."""
         if not self.validation:
             return
-        self.validated = measured = self.trainer.validate(self.validation)
-        self._last_point().update(measured)
-        if not math.isfinite(measured["val/loss"]):
-            self._raise_not_finite("val/loss", self._last_point())
+        self.validated, self.validated_at = self.trainer.validate(self.validation), self.trainer.state.step
+        self._last_point().update(self.validated)
+        if not math.isfinite(self.validated["val/loss"]):
+            self._end_not_finite("val/loss")
         self._settle_best()
-        if measured["val/loss"] < self.best:
-            self.candidate = measured["val/loss"]
+        self._keep_if_best()
+
+    def _keep_if_best(self) -> None:
+        """Begins to write the model just validated, if it is the best so far."""
+        if self.validated["val/loss"] < self.best:
+            self.candidate = self.validated["val/loss"]
             self._describe_model()
             self.best_model.begin(self.trainer.model)
 
     def _settle_best(self) -> None:
         """The better model is the best one when storage has it."""
-        if self.candidate is not None and self._from_first(self.best_model.finish()):
+        if self.candidate is not None and from_first(self.best_model.finish()):
             self.best = self.candidate
         self.candidate = None
 
@@ -332,7 +321,7 @@ class _Loop:
             with contextlib.suppress(OSError, ValueError, KeyError):
                 config = json.loads((self.folder / BEST_FOLDER / CONFIG_FILE).read_text(encoding="utf-8"))
                 known = config["provenance"]["val/loss"]
-        return self._from_first(known)
+        return from_first(known)
 
     def _describe_model(self) -> None:
         """Says in the model where it comes from."""
@@ -347,38 +336,11 @@ class _Loop:
             self.points.append({"step": step, "epoch": step / self.steps_per_epoch, "time": time.time()})
         return self.points[-1]
 
-    def _evaluate(self) -> None:
-        """Writes the model as it is, beside training, for an evaluation that ``_submit`` asks for."""
-        step = self.trainer.state.step
-        self._submit(wait=False)
-        if self._from_first(self.snapshot is not None):
-            _LOG.warning("step %d is not evaluated: the model before is still being written", step)
-            return
-        self.snapshot = step, Export(self.folder / EVALUATION_FOLDER / f"step_{step:09d}", self.preprocessing)
-        self.snapshot[1].begin(self.trainer.model)
-
-    def _submit(self, *, wait: bool) -> None:
-        """Asks for the evaluation of the last snapshot, if it is written."""
-        if self.snapshot is None or not (wait or self.snapshot[1].is_finished):
-            return
-        (step, snapshot), self.snapshot = self.snapshot, None
-        if snapshot.close() and self.evaluations is not None:
-            self.evaluations.submit(step, step / self.steps_per_epoch, snapshot.folder)
-
-    def _from_first(self, value: float) -> float:
-        """What rank 0 has, on all ranks."""
-        if self.world_size == 1:
-            return value
-        shared = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(shared, src=0)
-        return shared.item()
-
     def _report(self) -> None:
         """Sends what was not reported yet to the controller."""
         import ray.train
 
-        self._submit(wait=False)
-        evaluations = self.evaluations.collect() if self.evaluations is not None else []
+        evaluations = self.snapshots.collect()
         ray.train.report({"history": self.points, "evaluations": evaluations, "rewound_to": self.rewound_to})
         self.reported.append(self.points)
         self.points, self.rewound_to, self.report_is_due = [], None, False
@@ -391,6 +353,7 @@ class _Loop:
             "precision": str(self.trainer.precision),
             "guard": self.guard.state(),
             "validated": self.validated,
+            "validated_at": self.validated_at,
             "spikes": self.spikes,
             "rollbacks": self.rollbacks,
             "history": [point for report in self.reported for point in report],
@@ -398,13 +361,19 @@ class _Loop:
         return state
 
     def _resume(self) -> None:
-        """Goes on from the newest checkpoint, and reports again what the controller may have missed."""
-        if self.rank == 0:  # what workers that died had not evaluated
-            shutil.rmtree(self.folder / EVALUATION_FOLDER, ignore_errors=True)
-        if self._load() is None:
+        """Goes on from the newest checkpoint, and does again what was under way beside it and may have been lost.
+
+        That is the last reports, the best model, if it was that of this step, and the evaluation of the last model.
+        """
+        step = self._load()
+        if step is None:
             return
         self.points = self.trainer.state.extra["history"]
         self._report()
+        if self.validated and self.validated_at == step:
+            self._keep_if_best()
+        if self.config.evaluate_every and step == self.total:
+            self.snapshots.take(self.trainer.model, step, step / self.steps_per_epoch)
 
     def _load(self) -> int | None:
         """The step of the newest usable checkpoint, with the state and all that travels in it restored."""
@@ -421,8 +390,10 @@ class _Loop:
         if extra["precision"] != str(self.trainer.precision) and self.rank == 0:
             _LOG.warning("the run began in %s and goes on in %s", extra["precision"], self.trainer.precision)
         self.guard.restore(extra["guard"])
-        self.validated, self.spikes, self.rollbacks = extra["validated"], extra["spikes"], extra["rollbacks"]
+        self.validated, self.validated_at = extra["validated"], extra["validated_at"]
+        self.spikes, self.rollbacks = extra["spikes"], extra["rollbacks"]
         self.points = []
+        self.looked, self.next_look = (time.monotonic(), step), step
         return step
 
     def _finish(self) -> None:
@@ -430,16 +401,21 @@ class _Loop:
         self._settle_best()
         self._describe_model()
         export(self.trainer.model, self.folder / MODEL_FOLDER, self.preprocessing)
-        self._submit(wait=True)
-        if self.evaluations is not None:
-            self.evaluations.wait(LAST_EVALUATION_SECONDS)
+        self.snapshots.finish(LAST_EVALUATION_SECONDS)
         self._report()
 
-    def _raise_not_finite(self, name: str, point: Point) -> None:
+    def _end_not_finite(self, name: str) -> None:
+        """Reports the steps that led there, and ends the run.
+
+        Raises:
+            NotFinite: always.
+        """
+        point, clip = self._last_point(), self.config.gradient_clip
+        self._report()
+        clipping = "" if 0 < clip <= 1 else f", or set pretraining.gradient_clip ({clip:g}) to 1"
         raise NotFinite(
             f"{name} is {point[name]} at step {point['step']:g}: lower pretraining.learning_rate "
-            f"({self.config.learning_rate:g}), or set pretraining.gradient_clip ({self.config.gradient_clip:g}) to 1 "
-            "or less"
+            f"({self.config.learning_rate:g}){clipping}"
         )
 
     def _reader(self, config: WorkerConfig, store: TokenStore, split: str, batch_size: int, seed: int) -> WindowReader:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sane_ray.embedding.encoder import SHAPE
 from sane_ray.errors import InputError
 from sane_ray.properties.spectral import spectral_features
 from sane_ray.properties.statistics import published_statistics, tensor_statistics
@@ -37,12 +38,17 @@ FROM_WEIGHTS: dict[str, Callable[[Batch], tuple[list[str], Array]]] = {
     "statistics_published": published_statistics,
     "spectral": spectral_features,
 }
-FROM_EMBEDDINGS = ("sane_mean", "sane")
+FROM_EMBEDDINGS = ("sane_mean", "sane_vectors", "sane_shape")
+COMPOSED = {"sane": ("sane_vectors", "sane_shape")}
+"""Names of several blocks at once, each of which a probe weighs by itself."""
 BLOCKS = (*FROM_WEIGHTS, "weights", *FROM_EMBEDDINGS)
 
 SUMMARIES = ("mean", "std", "q01", "q25", "q50", "q75", "q99")
 """What embeddings hold of the tokens of a checkpoint, or of a layer."""
 LAYER_SUMMARIES = ("mean", "std")
+
+SMALLEST = 1e-6
+"""Lengths and variances are read by their logarithm, down to this."""
 
 MOST_WEIGHTS = 100_000_000
 """Raw weights are features up to so many values in all (checkpoints times parameters): 400 MB."""
@@ -51,8 +57,15 @@ MOST_WEIGHTS = 100_000_000
 class EmbeddingTables(Protocol):
     """The part of ``sane_ray.embedding.Embeddings`` that is read here."""
 
-    index: dict[str, Any]
-    models: pa.Table
+    @property
+    def index(self) -> dict[str, Any]:
+        """What they are of: ``latent_dim``, ``architectures`` and more."""
+        ...
+
+    @property
+    def models(self) -> pa.Table:
+        """One row a checkpoint."""
+        ...
 
     def vectors(self, name: str) -> NDArray[np.float32]:
         """A summary over the tokens of each checkpoint, [R, L]."""
@@ -229,22 +242,22 @@ class FeatureSource:
         for zoo, start in zip(self.zoos, self._starts, strict=True):
             if zoo.embeddings is None:
                 raise Unavailable(f"it needs embeddings of {zoo.name}: name them with --embeddings, or a --model")
-            columns, values_RF = _vectors(zoo.embeddings, SUMMARIES if name == "sane" else ("mean",))
+            columns, values_RF = _whole(zoo.embeddings, name)
             pieces.append(_Piece(start + np.arange(len(zoo)), columns, values_RF))
         whole = self._join(name, pieces, aggregate=False)
         if name == "sane_mean":
             return whole
-        layers = self._join(name, list(self._layer_pieces()))
+        layers = self._join(name, list(self._layer_pieces(name)))
         values_RF = np.concatenate([whole.values_RF, layers.values_RF], axis=1)
         return Block(name, whole.columns + layers.columns, values_RF, layers.note)
 
-    def _layer_pieces(self) -> Iterator[_Piece]:
+    def _layer_pieces(self, name: str) -> Iterator[_Piece]:
         for zoo, start in zip(self.zoos, self._starts, strict=True):
             assert zoo.embeddings is not None
             place = {identity: row for row, identity in enumerate(zoo.table["id"].to_pylist())}
             for architecture, table in zoo.tables.items():
                 if architecture in zoo.embeddings.index["architectures"]:
-                    yield _layer_piece(zoo.embeddings, architecture, table, place, start)
+                    yield _layer_piece(name, zoo.embeddings, architecture, table, place, start)
 
     def _join(self, name: str, pieces: list[_Piece], aggregate: bool = True) -> Block:
         """Pieces of different architectures as rows of one length."""
@@ -284,8 +297,8 @@ class _Piece:
 
 
 def parts(name: str) -> list[str]:
-    """The blocks of a feature set: ``sane+statistics`` is two."""
-    return name.split("+")
+    """The blocks of a feature set: those of ``sane``, and another one, in ``sane+statistics``."""
+    return [block for part in name.split("+") for block in COMPOSED.get(part, (part,))]
 
 
 def layout(table: LayerTable) -> tuple[tuple[str, bool, bool], ...]:
@@ -303,19 +316,39 @@ def _raw(batch: Batch) -> tuple[list[str], Array]:
     return [str(index) for index in range(values.shape[1])], values
 
 
-def _vectors(embeddings: EmbeddingTables, names: Sequence[str]) -> tuple[list[str], Array]:
+def _whole(embeddings: EmbeddingTables, block: str) -> tuple[list[str], Array]:
+    """What a block has of whole networks: names of columns, and values [R, F]."""
+    if block == "sane_shape":
+        return list(SHAPE), _logarithms(embeddings.vectors("shape"))
+    names = SUMMARIES if block == "sane_vectors" else ("mean",)
     columns = [f"{name} {index}" for name in names for index in range(embeddings.index["latent_dim"])]
     return columns, np.concatenate([embeddings.vectors(name) for name in names], axis=1)
 
 
+def _logarithms(shape_X: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log10 of the numbers of ``SHAPE``, which lie along the last axis."""
+    return np.log10(np.maximum(shape_X, SMALLEST))
+
+
 def _layer_piece(
-    embeddings: EmbeddingTables, architecture: str, table: LayerTable, place: dict[str, int], start: int
+    block: str,
+    embeddings: EmbeddingTables,
+    architecture: str,
+    table: LayerTable,
+    place: dict[str, int],
+    start: int,
 ) -> _Piece:
-    latent_dim, columns, values = embeddings.index["latent_dim"], [], []
-    for name in LAYER_SUMMARIES:
-        ids, vectors_rKL = embeddings.layer_vectors(name, architecture)
-        values.append(vectors_rKL.reshape(len(ids), -1))
-        columns += [f"{layer.key}/layer {name} {index}" for layer in table.layers for index in range(latent_dim)]
+    columns: list[str] = []
+    values: list[Array] = []
+    ids: list[str] = []
+    for name in ("shape",) if block == "sane_shape" else LAYER_SUMMARIES:
+        ids, vectors_rKX = embeddings.layer_vectors(name, architecture)
+        if name == "shape":
+            numbers, vectors_rKX = list(SHAPE), _logarithms(vectors_rKX)
+        else:
+            numbers = [f"{name} {index}" for index in range(vectors_rKX.shape[2])]
+        values.append(vectors_rKX.reshape(len(ids), -1))
+        columns += [f"{layer.key}/layer {number}" for layer in table.layers for number in numbers]
     rows = start + np.array([place[identity] for identity in ids], np.int64)
     return _Piece(rows, columns, np.concatenate(values, axis=1))
 

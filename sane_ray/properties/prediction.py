@@ -252,10 +252,13 @@ def compare(larger: Judged, smaller: Judged) -> str:
 
 
 def _without_sane(choice: str) -> bool:
-    """Whether every fit chose statistics alone."""
-    return all(
-        re.search(r"\bsane 0(\.00)?,.*all 0\.00|penalty.*\bsane 0,|of statistics$", one) for one in choice.split("; ")
-    )
+    """Whether every fit gave weight 0 to all that has SANE in it, or chose statistics alone."""
+    return all(_weighs_no_sane(one) for one in choice.split("; "))
+
+
+def _weighs_no_sane(choice: str) -> bool:
+    weights = re.findall(r"\b(sane\w*|all) ([\d.]+)", choice)
+    return all(float(weight) == 0 for _, weight in weights) if weights else choice.endswith("of statistics")
 
 
 def identity(zoos: list[Zoo], config: PropertiesConfig) -> tuple[str, dict[str, Any]]:

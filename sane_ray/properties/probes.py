@@ -32,8 +32,8 @@ PENALTIES = tuple(float(penalty) for penalty in 10.0 ** np.arange(3, -5.01, -0.5
 """Of the block ridge, for features whose blocks have variance 1 in all."""
 
 BLOCK_WEIGHTS = (1.0, 0.25, 0.0625, 0.0)
-FEW_BLOCK_WEIGHTS = (1.0, 0.125, 0.0)
-"""Variance that a block may have beside one of weight 1; fewer choices where there are three blocks or more."""
+FEW_BLOCK_WEIGHTS, FEWER_BLOCK_WEIGHTS = (1.0, 0.125, 0.0), (1.0, 0.0)
+"""Variance that a block may have beside one of weight 1; fewer choices of three blocks, and of more."""
 
 LARGEST_DEVIATION = 10.0
 """Standardised features are clipped here: one network that diverged should not decide a fit."""
@@ -414,7 +414,7 @@ def block_weights(blocks: int) -> list[tuple[float, ...]]:
     """Weights to choose from: all combinations in which the largest is 1, equal ones first."""
     if blocks == 1:
         return [(1.0,)]
-    grid = BLOCK_WEIGHTS if blocks == 2 else FEW_BLOCK_WEIGHTS
+    grid = {2: BLOCK_WEIGHTS, 3: FEW_BLOCK_WEIGHTS}.get(blocks, FEWER_BLOCK_WEIGHTS)
     return [weights for weights in itertools.product(grid, repeat=blocks) if max(weights) == 1.0]
 
 

@@ -68,7 +68,13 @@ def depth_figure(layers: Sequence[str], measures: Mapping[str, Array], title: st
     figure, panels = new_figure(len(ordered), 1, (8.5, 1.2 + 1.7 * len(ordered)), sharex=True, squeeze=False)
     depth = np.arange(1, len(layers) + 1)
     for axes, name in zip(panels[:, 0], ordered, strict=True):
-        _lines(axes, depth, shown[name], BLUE if name in ("spread", "norm", "error") else ORANGE)
+        _lines(
+            axes,
+            depth,
+            shown[name],
+            BLUE if name in ("spread", "norm", "error") else ORANGE,
+            named=axes is panels[0, 0],
+        )
         if name == "error" and np.nanmin(shown[name]) > 0 and np.nanmax(shown[name]) > 20 * np.nanmin(shown[name]):
             axes.set_yscale("log")
         label_axes(axes, MEASURES[name], ylabel="")
@@ -209,16 +215,17 @@ def importances_figure(drops: Mapping[str, Sequence[tuple[str, float, float]]]) 
     return figure
 
 
-def _lines(axes: Axes, depth: Array, values_RK: Array, colour: str) -> None:
+def _lines(axes: Axes, depth: NDArray[Any], values_RK: Array, colour: str, *, named: bool) -> None:
     median = _quantile(values_RK, 50)
     if len(values_RK) > MOST_LINES:
         low, high = _quantile(values_RK, 25), _quantile(values_RK, 75)
-        axes.fill_between(depth, low, high, color=colour, alpha=0.25, linewidth=0, label="middle half of the networks")
+        label = "middle half of the networks" if named else None
+        axes.fill_between(depth, low, high, color=colour, alpha=0.25, linewidth=0, label=label)
     else:
         for values in values_RK if len(values_RK) > 1 else ():
             axes.plot(depth, values, color=colour, alpha=0.25, linewidth=0.8)
     known = np.isfinite(median)
-    label = "median" if len(values_RK) > 1 else None
+    label = "median" if len(values_RK) > 1 and named else None
     axes.plot(depth[known], median[known], color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
 
 
@@ -258,9 +265,16 @@ def _coloured(figure: Figure, axes: Axes, points_R2: Array, values: list[Any]) -
         return
     numbers = np.array([np.nan if value is None else float(value) for value in values])
     known = np.isfinite(numbers)
-    axes.scatter(*points_R2[~known].T, s=10, color="#cccccc", linewidths=0, zorder=2)
+    axes.scatter(points_R2[~known, 0], points_R2[~known, 1], s=10, color="#cccccc", linewidths=0, zorder=2)
     marks = axes.scatter(
-        *points_R2[known].T, c=numbers[known], s=14, cmap=SEQUENTIAL, linewidths=0, alpha=0.85, zorder=2
+        points_R2[known, 0],
+        points_R2[known, 1],
+        c=numbers[known],
+        s=14,
+        cmap=SEQUENTIAL,
+        linewidths=0,
+        alpha=0.85,
+        zorder=2,
     )
     figure.colorbar(marks, ax=axes, pad=0.02)
 
@@ -270,10 +284,13 @@ def _categories(axes: Axes, points_R2: Array, values: list[str]) -> None:
     kept = [str(name) for name in names[np.argsort(-counts, kind="stable")][:MOST_CATEGORIES]]
     for name, colour in zip(kept, CYCLE, strict=False):
         of_name = np.array([value == name for value in values])
-        axes.scatter(*points_R2[of_name].T, s=12, color=colour, linewidths=0, alpha=0.8, label=shorten(name), zorder=2)
+        where = points_R2[of_name]
+        label = shorten(name)
+        axes.scatter(where[:, 0], where[:, 1], s=12, color=colour, linewidths=0, alpha=0.8, label=label, zorder=2)
     others = np.array([value not in kept for value in values])
     if others.any():
-        axes.scatter(*points_R2[others].T, s=8, color="#cccccc", linewidths=0, label="others", zorder=1.5)
+        where = points_R2[others]
+        axes.scatter(where[:, 0], where[:, 1], s=8, color="#cccccc", linewidths=0, label="others", zorder=1.5)
 
 
 def _dots(axes: Axes, rows: Sequence[Row], metric: str, heights: Sequence[float], probe: str) -> None:

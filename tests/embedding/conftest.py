@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from networks import make_model, make_store, write_zoo
+from embedding_networks import make_model, make_store, write_zoo
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
 """Embeddings of tokens, layers and networks, against plain computations of the same."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from networks import SIZE, known_network, make_model
+from embedding_networks import SIZE, known_network, make_model
+from safetensors.torch import load_file
 
 from sane_ray.autoencoder.halo import Windows
 from sane_ray.autoencoder.losses import explained_variance, explained_variance_sums
@@ -14,7 +17,7 @@ from sane_ray.embedding import VECTORS, Embedder, encoder
 from sane_ray.embedding.encoder import check_fits_model, choose_format, in_memory, window_and_halo
 from sane_ray.errors import InputError
 from sane_ray.hardware import has_bfloat16
-from sane_ray.tokens.tokenizer import build_layer_table
+from sane_ray.tokens.tokenizer import build_layer_table, tokenize
 
 EXACT = {"precision": "float32"}
 
@@ -34,22 +37,12 @@ def test_by_default_a_network_is_embedded_as_the_model_itself_does(known_store):
     model = make_model(known_store)
     (architecture,) = known_store.architectures.values()
     weights = known_network(50)
-    tokens, _ = architecture.normalization.normalize(encoder_tokens(weights, architecture.table), architecture.table)
+    tokens, _ = architecture.normalization.normalize(tokenize(weights, architecture.table), architecture.table)
     z = Embedder(model, EmbeddingConfig(**EXACT), "cpu").encode(tokens[None], architecture.table)
     torch.testing.assert_close(z[0], model.encode_model(weights), rtol=1e-5, atol=1e-6)
 
 
-def encoder_tokens(weights, table):
-    from sane_ray.tokens.tokenizer import tokenize
-
-    return tokenize(weights, table)
-
-
 def test_embeddings_are_those_of_the_published_encoder(parity):
-    import json
-
-    from safetensors.torch import load_file
-
     config = json.loads((parity / "meta.json").read_text())["autoencoder_config"]
     model = from_published(load_file(parity / "autoencoder.safetensors"), config)
     data = np.load(parity / "autoencoder_io.npz")
@@ -65,9 +58,21 @@ def test_embeddings_are_those_of_the_published_encoder(parity):
             return places[self.row, start:stop].numpy()
 
     for row, window in enumerate(torch.from_numpy(data["x"]).float()):
-        z, y = embedder._through(Windows(len(window), len(window)), window[None], Table(row))
+        with torch.inference_mode():
+            z, y = embedder._through(Windows(len(window), len(window)), window[None], Table(row))
         np.testing.assert_allclose(z[0].numpy(), data["z"][row], atol=1e-6)
         np.testing.assert_allclose(y[0].numpy(), data["y"][row], atol=1e-6)
+
+
+def plain_shape(z):
+    """The numbers of SHAPE of [n, L] by plain formulas."""
+    lengths, centred = np.linalg.norm(z, axis=1), z - z.mean(0)
+    variances = np.zeros(max(4, z.shape[1]))
+    variances[: z.shape[1]] = np.sort(np.linalg.eigvalsh(centred.T @ centred / len(z)).clip(0))[::-1]
+    shares = variances[variances > 1e-12] / max(variances.sum(), 1e-30)
+    quantiles = np.quantile(lengths, [0.01, 0.25, 0.5, 0.75, 0.99])
+    rank = np.exp(-(shares * np.log(shares)).sum())
+    return [lengths.mean(), lengths.std(), *quantiles, np.linalg.norm(z.mean(0)), rank, *variances[:4]]
 
 
 @pytest.mark.parametrize(("window", "halo", "at_once"), [(0, 0, 0), (4, 3, 0), (10, 0, 1), (0, 4, 25), (500, 0, 7)])
@@ -94,10 +99,13 @@ def test_summaries_are_what_plain_formulas_say_however_the_work_is_cut(
         expected = [part.mean(1), part.std(1), *np.quantile(part, [0.01, 0.25, 0.5, 0.75, 0.99], axis=1)]
         for name, values in zip(VECTORS, expected, strict=True):
             np.testing.assert_allclose(summary.vectors[name][:, number], values, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(summary.shape[:, number], [plain_shape(one) for one in part], rtol=2e-3, atol=2e-5)
         signal = torch.from_numpy(table.signal_counts[rows])
         for row in range(len(tokens)):
             sums = explained_variance_sums(decoded[row, rows][None], tokens[row, rows][None], signal[None])
-            assert summary.explained_variance[row, number] == pytest.approx(float(explained_variance(sums)), rel=1e-4)
+            assert summary.explained_variance[row, number] == pytest.approx(
+                float(explained_variance(sums)), rel=1e-4, nan_ok=True
+            )
             assert summary.mse[row, number] == pytest.approx(float(sums[2] / sums[0]), rel=1e-4)
 
 
@@ -110,7 +118,8 @@ def test_padding_does_not_count_as_reconstruction_error(known_store, table, toke
             return tokens_BWT[..., :6]
 
         def decode(self, z_BWL, positions_BW3):
-            return self.seen + 100 * (self.seen == 0)
+            signal = torch.from_numpy(table.signal_counts)[positions_BW3[..., 0].long(), None]
+            return self.seen + 100 * (torch.arange(SIZE) >= signal)
 
     embedder.model = Exact(embedder.model.config)
     summary = embedder.embed(in_memory(tokens), table, len(tokens))
@@ -140,7 +149,7 @@ def test_quantiles_of_very_many_tokens_are_near_those_of_all(known_store, table,
 @pytest.mark.parametrize(("tokens", "count"), [(100, 12), (70_000, 65_536), (13, 12)])
 def test_a_sample_is_spread_over_all_tokens_and_has_none_twice(tokens, count):
     chosen = encoder._spread(tokens, count)
-    assert len(np.unique(chosen)) == count and 0 <= chosen[0] and chosen[-1] < tokens
+    assert len(np.unique(chosen)) == count and chosen[0] >= 0 and chosen[-1] < tokens
     assert np.abs(chosen - np.arange(count) * tokens / count).max() <= tokens / count
     assert np.array_equal(chosen, encoder._spread(tokens, count))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -25,6 +26,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 ROOT = Path(__file__).parents[2]
+
+RAY = str(Path(sys.executable).parent / "ray")
 
 CLUSTER_MARK, NODE_MARK = "SANE_RAY_TEST_CLUSTER", "SANE_RAY_TEST_NODE"
 
@@ -94,6 +97,7 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
             # a dead node is noticed in seconds, where Ray allows it half a minute
             "RAY_health_check_initial_delay_ms": "0",
             "RAY_health_check_period_ms": "500",
@@ -121,6 +125,14 @@ class Cluster:
         self.nodes.remove(node)
         kill_all(lambda: node.pids)
 
+    def announce_loss(self, node: Node, seconds: int) -> None:
+        """Tells the cluster that a node will be taken away, as a cloud does of a spot machine; it goes on meanwhile."""
+        commands = " ".join(command_of(pid) for pid in node.pids)
+        (node_id,) = set(re.findall("--node_id=([0-9a-f]+)", commands))
+        command = [RAY, "drain-node", "--address", self.address, "--node-id", node_id, "--reason-message", "a test"]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(seconds)]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=WAIT_SECONDS)
+
     def start(self, *command: str, log: Path, environment: Mapping[str, str] = MappingProxyType({})) -> Process:
         """Starts a process that joins the cluster (a driver), its output in ``log``."""
         with log.open("ab") as output:
@@ -142,8 +154,7 @@ class Cluster:
     def _start_node(self, ip: str, *arguments: str, tries: int = 3) -> Node:
         """Starts a node; again if Ray gave up, which it does when a busy machine takes half a minute."""
         node = Node(ip, secrets.token_hex(8))
-        ray = str(Path(sys.executable).parent / "ray")
-        command = [ray, "start", "--block", "--node-ip-address", ip, *arguments, "--disable-usage-stats"]
+        command = [RAY, "start", "--block", "--node-ip-address", ip, *arguments, "--disable-usage-stats"]
         command += ["--object-store-memory", str(self.object_store_mb * 10**6), "--temp-dir", str(self.folder / ip)]
         log = self.folder / f"{ip}.log"
         environment = self.environment | {NODE_MARK: node.mark}
@@ -222,6 +233,14 @@ def _environments() -> Iterator[tuple[int, bytes]]:
         if folder.name.isdigit() and int(folder.name) != os.getpid():
             with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
                 yield int(folder.name), (folder / "environ").read_bytes()
+
+
+def command_of(pid: int) -> str:
+    """How a process calls itself; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def kill_all(pids: Callable[[], list[int]]) -> None:

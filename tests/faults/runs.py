@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import ROOT, Cluster, wait_until
+from cluster import ROOT, Cluster, command_of, wait_until
 from safetensors.torch import load_file
 
 from sane_ray.config import TokensConfig, ZooConfig
@@ -136,6 +136,10 @@ class Run:
                 found.append(path.parent)
         return found
 
+    def last_checkpoint(self) -> int:
+        """Step of the newest complete checkpoint."""
+        return int(self.checkpoints()[-1].name.split("_")[1])
+
     def curve(self) -> dict[int, dict[str, float]]:
         """Losses of every step, in training and validation."""
         points = read_history(self.folder / "history.jsonl")
@@ -164,14 +168,6 @@ class Run:
 def training_workers(pids: list[int]) -> list[int]:
     """Those of these processes that are Ray Train's workers."""
     return [pid for pid in pids if command_of(pid).startswith("ray::RayTrainWorker")]
-
-
-def command_of(pid: int) -> str:
-    """How a process calls itself; empty if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    except OSError:
-        return ""
 
 
 def assert_same(run: Run, calm: Run) -> None:

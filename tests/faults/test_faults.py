@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cluster import Cluster, MlflowServer, wait_until
+from cluster import WAIT_SECONDS, Cluster, MlflowServer, wait_until
 from runs import STEPS, Run, assert_close, assert_same, training_workers, write_small_store
 
 
@@ -156,23 +156,43 @@ def test_full_object_stores_and_storage_that_is_away_cost_nothing_but_time(calm,
 
 
 @contextmanager
-def slow(process):
-    """A process that gets a twentieth of its time, as on a machine that others use: a node takes its time to start."""
+def slow(process, share):
+    """A process that gets this share of its time: a small training that lasts as long as what the test waits for."""
     ended = threading.Event()
 
     def slow_down():
         with contextlib.suppress(ProcessLookupError):
             while not ended.is_set():
                 os.kill(process, signal.SIGSTOP)
-                ended.wait(0.95)
+                ended.wait(1 - share)
                 os.kill(process, signal.SIGCONT)
-                ended.wait(0.05)
+                ended.wait(share)
 
     thread = threading.Thread(target=slow_down)
     thread.start()
-    yield
-    ended.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_node_that_is_announced_to_go_costs_no_step_that_was_made_before(calm, new_run, cluster):
+    cluster.add_node(2)
+    run = new_run("announced", pretraining__checkpoint_every="6").start()
+    run.wait_for_step(2)
+    doomed = next(node for node in cluster.nodes if training_workers(node.pids))
+    (worker,) = training_workers(doomed.pids)
+    with slow(worker, share=0.2):
+        cluster.announce_loss(doomed, seconds=WAIT_SECONDS)
+        run.wait_for_checkpoints()
+        saved = run.last_checkpoint()
+        assert saved < STEPS, "the first checkpoint that is due at its time is the last"
+        run.wait_for_step(saved + 2)
+    cluster.kill_node(doomed)
+    run.finish()
+    assert_same(run, calm)
+    assert (run.restarts(), run.computed(step=1), run.computed(step=saved)) == (1, 1, 1)
 
 
 def test_a_run_grows_with_a_node_that_joins_and_shrinks_with_one_that_leaves(calm, new_run, cluster):
@@ -181,7 +201,7 @@ def test_a_run_grows_with_a_node_that_joins_and_shrinks_with_one_that_leaves(cal
     run = new_run("elastic", cluster__num_workers="[1, 2]", cluster__resize_seconds="2").start()
     run.wait_for_checkpoints(world_size=1)
     (alone,) = run.workers()
-    with slow(alone):
+    with slow(alone, share=0.05):
         node = cluster.add_node(2)
         run.wait_for(lambda: alone not in run.workers(), alive=True)
     run.wait_for_checkpoints(world_size=2)

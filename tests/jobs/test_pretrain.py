@@ -82,24 +82,32 @@ def test_bad_input_ends_with_status_2_and_leaves_nothing(tmp_path, arguments, me
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_ends_a_training_as_interrupted(ray_session, tmp_path):
+def test_ctrl_c_and_sigterm_end_a_training_in_order(ray_session, tmp_path):
     job = small(tmp_path)
     pretrain.main(job, False)
     command = [sys.executable, str(ROOT / "jobs" / "pretrain.py"), "--store", str(tmp_path / "stores/digits")]
-    command += ["--storage", str(tmp_path), "--run-name", "stopped", "--autoencoder.window", "52"]
-    command += ["--pretraining.batch_size", "2", "--pretraining.epochs", "100000", "--pretraining.log_every", "1"]
+    command += ["--storage", str(tmp_path), "--autoencoder.window", "52", "--pretraining.batch_size", "2"]
+    command += ["--pretraining.epochs", "100000", "--pretraining.log_every", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "runs/stopped/history.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
-    assert (process.returncode, "interrupted: the same command goes on" in errors) == (130, True), errors
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(
+            [*command, "--run-name", number.name], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "runs" / number.name / "history.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(number)
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 130, errors
+        assert errors.index("starting workers:") < errors.index(
+            "\ninterrupted: ending the workers; the same command goes"
+        )
+        assert "Traceback" not in errors and "***" not in errors, errors
+        assert errors.count("interrupted") == 1
     client = MlflowClient(tracking_uri=default_uri(tmp_path))
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
-    runs = client.search_runs([experiment.experiment_id], filter_string="attributes.run_name = 'stopped'")
-    assert [run.info.status for run in runs] == ["KILLED"]
+    runs = {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
+    assert (runs["SIGINT"], runs["SIGTERM"]) == ("KILLED", "KILLED")
 
 
 def test_help_needs_no_ray_cluster(tmp_path):

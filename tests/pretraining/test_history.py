@@ -1,4 +1,5 @@
-from sane_ray.pretraining.history import HistoryCallback, last_point, read_history
+from sane_ray.pretraining.history import last_point, read_history
+from sane_ray.pretraining.history_callback import HistoryCallback
 
 
 def report(callback, *steps, loss=1.0):

@@ -24,7 +24,8 @@ from sane_ray.config import (
 )
 from sane_ray.errors import InputError
 from sane_ray.pretraining.history import read_history
-from sane_ray.pretraining.launcher import is_complete, plan_run, pretrain
+from sane_ray.pretraining.launcher import pretrain
+from sane_ray.pretraining.run import is_complete, plan_run
 from sane_ray.tracking import default_uri
 
 ROOT = Path(__file__).parents[2]
@@ -254,11 +255,24 @@ def test_a_spike_is_gone_back_for_and_its_batch_left_out(store, tmp_path):
     pretrain(run, job)
     manifest = json.loads(max(run.folder.glob("checkpoints/*/complete.json")).read_text())
     skipped, extra = manifest["state"]["skipped"], manifest["state"]["extra"]
-    assert 1 <= extra["rollbacks"] <= len(skipped) <= extra["spikes"]
+    assert 1 <= extra["rollbacks"] == len(skipped) <= extra["spikes"], "each time back leaves one batch out"
     steps = [json.loads(line)["step"] for line in run.history.read_text().splitlines()]
     assert max(steps.count(step) for step in range(1, run.total_steps)) > 1, "training did not go back"
     counted = [point["skipped_steps"] for point in read_history(run.history) if "skipped_steps" in point]
     assert 1 <= max(counted) <= len(skipped)
+
+
+def test_what_was_being_written_when_a_run_died_at_its_end_is_written_by_the_next(store, tmp_path):
+    job = changed(SMALL, pretraining={"epochs": 2, "validate_every": 2})  # once, at the end
+    run = plan_run(job, store, tmp_path)
+    pretrain(run, job)
+    best = json.loads((run.folder / "model_best" / "config.json").read_text())["provenance"]
+    assert best["step"] == run.total_steps
+    shutil.rmtree(run.folder / "model_best")
+    shutil.rmtree(run.output)
+    pretrain(run, job)
+    again = json.loads((run.folder / "model_best" / "config.json").read_text())["provenance"]
+    assert again == best
 
 
 def test_cadences_belong_to_a_run_that_goes_back_for_spikes(store, tmp_path):

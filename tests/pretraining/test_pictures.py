@@ -6,8 +6,8 @@ import pytest
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.config import AutoencoderConfig
-from sane_ray.pretraining.launcher import resolve_autoencoder
 from sane_ray.pretraining.pictures import draw, reconstructed_accuracies, unseen_checkpoints
+from sane_ray.pretraining.run import resolve_autoencoder
 from sane_ray.pretraining.worker import preprocessing_of
 
 

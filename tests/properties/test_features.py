@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sane_ray.embedding import Embeddings
+from sane_ray.embedding import SHAPE, Embeddings
 from sane_ray.errors import InputError
 from sane_ray.properties import features as features_module
 from sane_ray.properties.features import FeatureSource, Unavailable, Zoo
@@ -19,7 +19,7 @@ def test_weights_are_the_flat_normalised_tokens_without_padding(store):
 def test_embeddings_become_features(store, embeddings):
     opened = Embeddings.open(embeddings)
     source = FeatureSource([Zoo("zoo", store, opened)])
-    (mean,), (rich,) = source.blocks("sane_mean"), source.blocks("sane")
+    (mean,), (rich, shape) = source.blocks("sane_mean"), source.blocks("sane")
     z, table = store.tokens(8).numpy()[:, :3], store.architecture_of(8).table
     np.testing.assert_allclose(mean.values_RF[8], z.mean(0), atol=1e-6)
     assert rich.values_RF.shape == (60, 7 * 3 + 2 * 2 * 3)
@@ -28,12 +28,17 @@ def test_embeddings_become_features(store, embeddings):
     assert found["1.weight/layer mean 2"] == pytest.approx(second[:, 2].mean(), abs=1e-6)
     assert found["1.weight/layer std 0"] == pytest.approx(second[:, 0].std(), abs=1e-6)
     assert found["q75 1"] == pytest.approx(np.quantile(z[:, 1], 0.75), abs=1e-6)
+    assert shape.values_RF.shape == (60, 3 * len(SHAPE))
+    found = dict(zip(shape.columns, shape.values_RF[8], strict=True))
+    lengths = np.linalg.norm(second, axis=1)
+    assert found["1.weight/layer norm_mean"] == pytest.approx(np.log10(lengths.mean()), abs=1e-5)
+    assert found["norm_q99"] == pytest.approx(np.log10(np.quantile(np.linalg.norm(z, axis=1), 0.99)), abs=1e-5)
 
 
 def test_a_sum_has_the_blocks_of_its_parts(store, embeddings):
     source = FeatureSource([Zoo("zoo", store, Embeddings.open(embeddings))])
-    assert [block.name for block in source.blocks("sane+statistics")] == ["sane", "statistics"]
-    assert source.blocks("statistics")[0] is source.blocks("sane+statistics")[1]
+    assert [block.name for block in source.blocks("sane+statistics")] == ["sane_vectors", "sane_shape", "statistics"]
+    assert source.blocks("statistics")[0] is source.blocks("sane+statistics")[2]
 
 
 def test_architectures_that_differ_are_described_over_their_layers(mixed_store):

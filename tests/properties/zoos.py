@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 from sane_ray.config import TokensConfig
+from sane_ray.embedding import SHAPE
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.writing import write_store
 from sane_ray.zoo.catalog import discover
@@ -42,27 +43,41 @@ def write(folder: Path, source: Path, **tokens) -> TokenStore:
     return write_store(discover(source), folder, config, source=source)
 
 
+def shape_of(z):
+    """Lengths and variances of tokens, by plain formulas; numbers of SHAPE."""
+    lengths, centred = np.linalg.norm(z, axis=1), z - z.mean(0)
+    variances = np.sort(np.linalg.eigvalsh(centred.T @ centred / len(z)).clip(0))[::-1]
+    shares = variances[variances > 0] / variances.sum()
+    first = [lengths.mean(), lengths.std(), *np.quantile(lengths, [0.01, 0.25, 0.5, 0.75, 0.99])]
+    rank = np.exp(-(shares * np.log(shares)).sum())
+    return [float(v) for v in (*first, np.linalg.norm(z.mean(0)), rank, *variances[:4], *[0.0] * (4 - len(variances)))]
+
+
 def write_embeddings(folder: Path, store: TokenStore, fingerprint: str = "model") -> Path:
     """Embeddings in the format of jobs/embed.py: a token's is its first values, so that tests know them."""
     folder.mkdir(parents=True)
     summaries = {"mean": lambda z: z.mean(0), "std": lambda z: z.std(0)}
     for q in (1, 25, 50, 75, 99):
         summaries[f"q{q:02d}"] = lambda z, q=q: np.quantile(z, q / 100, axis=0)
-    models, layers = {name: [] for name in summaries}, []
+    models, layers, shapes = {name: [] for name in summaries}, [], []
     for row in range(len(store.models)):
         z, table = store.tokens(row).numpy()[:, :LATENT], store.architecture_of(row).table
         for name, summary in summaries.items():
             models[name].append(summary(z).astype(np.float32))
         for index, (start, stop) in enumerate(zip(table.layer_starts, table.layer_starts[1:], strict=False)):
             vectors = {name: summary(z[start:stop]).astype(np.float32).tolist() for name, summary in summaries.items()}
+            vectors["shape"] = shape_of(z[start:stop])
             layers.append({"id": store.models["id"][row].as_py(), "layer": index, **vectors})
+        shapes.append(shape_of(z))
     kept = [name for name in store.models.column_names if not name.startswith("config.")]
     kind = pa.list_(pa.float32(), LATENT)
     table = store.models.select(kept)
     for name, vectors in models.items():
         table = table.append_column(name, pa.array([vector.tolist() for vector in vectors], kind))
+    table = table.append_column("shape", pa.array(shapes, pa.list_(pa.float32(), len(SHAPE))))
     pq.write_table(table, folder / "models.parquet")
     schema = pa.schema([("id", pa.string()), ("layer", pa.int64()), *((name, kind) for name in summaries)])
+    schema = schema.append(pa.field("shape", pa.list_(pa.float32(), len(SHAPE))))
     pq.write_table(pa.Table.from_pylist(layers, schema), folder / "layers.parquet")
     index = {
         "format": "sane_ray embeddings",

@@ -1,0 +1,124 @@
+"""Networks become tokens as in the model's training, or by what is known of their kinds, or are refused with words."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from embedding_networks import SIZE, first_architecture, known_network, make_model, make_store, other_network, write_zoo
+
+from sane_ray.embedding.preprocessing import Preprocessing
+from sane_ray.errors import InputError
+from sane_ray.tokens.normalization import Normalization
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    zoo = write_zoo(tmp_path_factory.mktemp("mixed") / "zoo", known=12, other=6)
+    return zoo, make_store(zoo, tmp_path_factory.mktemp("mixed") / "store")
+
+
+def test_a_store_of_training_is_read_as_it_is(known_store):
+    (architecture,) = known_store.architectures.values()
+    prepared = Preprocessing(make_model(known_store)).of_store(architecture)
+    assert prepared.trained_on and prepared.stored is None and prepared.normalization == architecture.normalization
+
+
+def test_an_architecture_is_known_by_its_layers_whatever_its_name(known_store):
+    (architecture,) = known_store.architectures.values()
+    renamed = dataclasses.replace(architecture, name="another")
+    prepared = Preprocessing(make_model(known_store)).of_store(renamed)
+    assert prepared.trained_on and prepared.name == "another"
+
+
+def test_the_same_networks_normalised_otherwise_are_refused_layer_value_and_remedy(known_store):
+    (architecture,) = known_store.architectures.values()
+    scale = architecture.normalization.scale.copy()
+    scale[1] *= 2
+    other = dataclasses.replace(
+        architecture, normalization=Normalization("standardize", architecture.normalization.shift, scale)
+    )
+    key = architecture.table.layers[1].key
+    with pytest.raises(InputError, match=rf"{key} was normalised with shift .* scale {scale[1]:.6g}.*--source models/"):
+        Preprocessing(make_model(known_store)).of_store(other, "models/")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"normalization": "minmax"},
+            r"tokens\.normalization minmax, .* with standardize: .*--tokens.normalization st",
+        ),
+        ({"layout": "dense"}, r"tokens\.layout dense, .* with sparse: .*--tokens\.layout sparse"),
+        (
+            {"token_size": 30},
+            r"tokens have 30 values, but those of the model 24: prepare it with --tokens.token_size 24",
+        ),
+    ],
+)
+def test_a_store_prepared_otherwise_is_refused_with_the_option_to_prepare_it_with(
+    known_zoo, known_store, tmp_path, settings, message
+):
+    store = make_store(known_zoo, tmp_path / "store", **settings)
+    (architecture,) = store.architectures.values()
+    with pytest.raises(InputError, match=message):
+        Preprocessing(make_model(known_store)).of_store(architecture)
+
+
+def test_in_l2_the_mean_norms_of_training_do_not_matter(known_zoo, tmp_path):
+    store = make_store(known_zoo, tmp_path / "one", normalization="l2")
+    scaled = make_store(write_zoo(tmp_path / "zoo", scale=3.0), tmp_path / "other", normalization="l2")
+    (architecture,) = scaled.architectures.values()
+    assert Preprocessing(make_model(store)).of_store(architecture).trained_on
+
+
+@pytest.mark.parametrize("normalization", ["standardize", "minmax", "l2", "none"])
+def test_unknown_architectures_are_normalised_like_layers_of_the_same_kind(mixed, tmp_path, normalization):
+    store = make_store(mixed[0], tmp_path / "store", normalization=normalization)
+    name = first_architecture(store)
+    model = make_model(store, names=[name], max_positions=[99, 9, 99])
+    prepared = Preprocessing(model).of_weights(other_network())
+    assert not prepared.trained_on and prepared.name.startswith("network-")
+    known, found = store.architectures[name], prepared.normalization
+    assert found.mode == normalization and len(found.scale) == len(prepared.table.layers)
+    kinds = [layer.kind for layer in known.table.layers]
+    for layer, shift, scale in zip(prepared.table.layers, found.shift, found.scale, strict=True):
+        same = kinds.index(layer.kind)  # each kind once: the statistics are those of that layer
+        assert shift == pytest.approx(known.normalization.shift[same], abs=1e-12)
+        assert scale == pytest.approx(known.normalization.scale[same])
+    of_store = Preprocessing(model).of_store(store.architectures[first_architecture(store, "other")])
+    assert not of_store.trained_on and np.allclose(of_store.normalization.scale, found.scale)
+
+
+def test_checkpoints_of_a_known_architecture_may_have_their_keys_in_any_order(known_store):
+    weights = known_network()
+    backwards = dict(reversed(weights.items()))
+    meta = {key: value.to("meta") for key, value in backwards.items()}
+    (name,) = known_store.architectures
+    prepared = Preprocessing(make_model(known_store)).of_weights(meta)
+    assert prepared.trained_on and prepared.name == name
+
+
+def test_how_training_treated_batch_norm_holds_for_unknown_architectures(known_zoo, tmp_path):
+    unknown = known_network()
+    unknown["extra.weight"], unknown["extra.bias"] = torch.zeros(3, 4), torch.zeros(3)
+    for batch_norm in ("keep", "ignore"):
+        store = make_store(known_zoo, tmp_path / batch_norm, batch_norm=batch_norm)
+        prepared = Preprocessing(make_model(store, max_positions=[99, 9, 99])).of_weights(unknown)
+        assert ("norm" in {layer.kind for layer in prepared.table.layers}) == (batch_norm == "keep")
+
+
+def test_an_unknown_architecture_beyond_the_position_tables_is_refused_and_fits_a_sinusoidal_model(known_store):
+    wide = {"fc.weight": torch.zeros(500, SIZE)}
+    with pytest.raises(InputError, match=r"needs 500 positions of the token index, .*sinusoidal"):
+        Preprocessing(make_model(known_store)).of_weights(wide)
+    model = make_model(known_store, positions="sinusoidal", max_positions=[])
+    assert not Preprocessing(model).of_weights(wide).trained_on
+
+
+def test_a_model_without_preprocessing_is_told(known_store):
+    model = make_model(known_store)
+    model.preprocessing = {}
+    with pytest.raises(InputError, match=r"does not say how weights became tokens.*save_pretrained"):
+        Preprocessing(model)
