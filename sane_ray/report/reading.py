@@ -15,14 +15,15 @@ from sane_ray.report.style import (
     BLUE,
     CYCLE,
     DIVERGING,
+    GREEN,
     GREY,
     INK,
     ORANGE,
     SCATTER_LIMIT,
     SEQUENTIAL,
-    clean,
     label_axes,
     new_figure,
+    short_names,
     shorten,
 )
 
@@ -44,6 +45,12 @@ MEASURES = {
 }
 """Names of depth measures for a reader, in the order of their panels."""
 
+POSITIVE = ("spread", "norm", "error", "stable_rank")
+"""Measures that are not negative, and are read as amounts."""
+
+LEAST_SLOTS = 6
+"""Room for as many layers or bars, so that few of them are not drawn huge."""
+
 MOST_LINES = 60
 """More networks than this are drawn as quartiles."""
 
@@ -52,7 +59,16 @@ MOST_NAMES = 24
 
 MOST_CATEGORIES = 8
 
-PROBES = {"ridge": BLUE, "boosting": ORANGE, "logistic": "#009e73"}
+MOST_BARS = 20
+"""Layers that matter less are left out."""
+
+UNKNOWN = "#cccccc"
+"""Colour of what has no value, or a rare one."""
+
+LEAST_SCORE = -0.5
+"""Scores below are told, not shown at their place."""
+
+PROBES = {"ridge": BLUE, "boosting": ORANGE, "logistic": GREEN}
 
 
 def depth_figure(layers: Sequence[str], measures: Mapping[str, Array], title: str = "Layers along depth") -> Figure:
@@ -66,17 +82,9 @@ def depth_figure(layers: Sequence[str], measures: Mapping[str, Array], title: st
     shown = {name: values for name, values in measures.items() if name in MEASURES and np.isfinite(values).any()}
     ordered = [name for name in MEASURES if name in shown]
     figure, panels = new_figure(len(ordered), 1, (8.5, 1.2 + 1.7 * len(ordered)), sharex=True, squeeze=False)
-    depth = np.arange(1, len(layers) + 1)
     for axes, name in zip(panels[:, 0], ordered, strict=True):
-        _lines(
-            axes,
-            depth,
-            shown[name],
-            BLUE if name in ("spread", "norm", "error") else ORANGE,
-            named=axes is panels[0, 0],
-        )
-        if name == "error" and np.nanmin(shown[name]) > 0 and np.nanmax(shown[name]) > 20 * np.nanmin(shown[name]):
-            axes.set_yscale("log")
+        _lines(axes, shown[name], _colour(name), named=axes is panels[0, 0])
+        _log_if_wide(axes, name, shown[name])
         label_axes(axes, MEASURES[name], ylabel="")
     _name_layers(panels[-1, 0], layers)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
@@ -94,26 +102,19 @@ def network_figure(
         measures: By a name in ``MEASURES``, [K].
         title: Of the figure.
     """
-    shown = [name for name in MEASURES if name in measures and np.isfinite(measures[name]).any()][:4]
-    heights = [2.4, *[1.0] * len(shown)]
-    size = (max(7.5, min(16.0, 4 + 0.16 * len(layers))), 2.2 + 1.5 * sum(heights) / 2)
+    shown = [name for name in MEASURES if name in measures and np.isfinite(measures[name]).any()]
+    heights = [2.4, *[0.8] * len(shown)]
+    size = (max(8.0, min(12.0, 4 + 0.16 * len(layers))), 2.2 + 0.9 * sum(heights))
     figure, panels = new_figure(len(heights), 1, size, sharex=True, squeeze=False, height_ratios=heights)
-    depth, limit = np.arange(1, len(layers) + 1), float(np.nanpercentile(np.abs(mean_KL), 99)) or 1.0
-    order = np.argsort(np.nanmean(mean_KL, axis=0))
-    strip = panels[0, 0].imshow(
-        mean_KL[:, order].T, aspect="auto", cmap=DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest",
-        extent=(0.5, len(layers) + 0.5, 0, mean_KL.shape[1]), origin="lower",
-    )  # fmt: skip
-    figure.colorbar(strip, ax=panels[0, 0], pad=0.01, label="value")
-    label_axes(panels[0, 0], "mean embedding of each layer", ylabel="latent values, sorted")
-    panels[0, 0].grid(False)
+    _strip(figure, panels[0, 0], mean_KL)
+    depth = np.arange(1, len(layers) + 1)
     for axes, name in zip(panels[1:, 0], shown, strict=True):
         values = np.asarray(measures[name], float)
-        colour = BLUE if name in ("spread", "norm", "error") else ORANGE
-        if name in ("spread", "error", "norm", "stable_rank"):
-            axes.bar(depth, values, width=0.75, color=colour)
+        if name in POSITIVE:
+            axes.bar(depth, values, width=0.75, color=_colour(name))
         else:
-            axes.plot(depth, values, color=colour, marker="o", markersize=3.5, linewidth=1.2)
+            known = np.isfinite(values)
+            axes.plot(depth[known], values[known], color=_colour(name), marker="o", markersize=3.5, linewidth=1.2)
         label_axes(axes, MEASURES[name], ylabel="")
     _name_layers(panels[-1, 0], layers)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
@@ -131,7 +132,7 @@ def map_figure(
         explained: Share of the variance along each axis.
         models: Whose checkpoint each network is: thin lines join checkpoints of one model in the order of the rows.
     """
-    columns = min(3, max(1, len(colours)))
+    columns = 2 if len(colours) in (2, 4) else min(3, max(1, len(colours)))
     rows = max(1, -(-len(colours) // columns))
     figure, panels = new_figure(rows, columns, (1.2 + 4.1 * columns, 0.6 + 3.6 * rows), squeeze=False)
     for axes, (name, values) in zip(panels.flat, colours.items(), strict=False):
@@ -166,9 +167,12 @@ def scores_figure(rows: Sequence[Row], metric: str, label: str) -> Figure:
             offset = (index - (len(probes) - 1) / 2) * 0.26
             _dots(axes, mine, metric, [features.index(row["features"]) + offset for row in mine], probe)
         label_axes(axes, shorten(str(target), 30), ylabel="", xlabel=label)
-        _zoom(axes, [row[metric] for row in shown if row["target"] == target], metric)
-        if axes is not panels[0, -1] and axes.get_legend():
+        if axes.get_legend():
             axes.get_legend().remove()
+        _zoom(axes, metric)
+    if len(probes) > 1:
+        handles = [axes.plot([], [], "o", color=PROBES.get(probe, INK), label=probe)[0] for probe in probes]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(probes), frameon=False, fontsize=9)
     panels[0, 0].set_yticks(range(len(features)), [shorten(name, 34) for name in features])
     panels[0, 0].set_ylim(len(features) - 0.4, -0.6)
     return figure
@@ -202,31 +206,63 @@ def importances_figure(drops: Mapping[str, Sequence[tuple[str, float, float]]]) 
     Args:
         drops: By property: layer, mean loss of R² when its features are exchanged, its deviation.
     """
-    tallest = max((len(bars) for bars in drops.values()), default=1)
-    size = (1.0 + 4.0 * max(1, len(drops)), 1.2 + 0.32 * max(3, min(20, tallest)))
+    drops = {title: list(bars)[:MOST_BARS] for title, bars in drops.items() if bars}
+    tallest = max((LEAST_SLOTS, *map(len, drops.values())))
+    size = (1.0 + 4.0 * max(1, len(drops)), 1.2 + 0.3 * tallest)
     figure, panels = new_figure(1, max(1, len(drops)), size, squeeze=False)
     for axes, (title, bars) in zip(panels[0], drops.items(), strict=False):
-        shown = list(bars)[:20]
-        axes.barh(range(len(shown)), [bar[1] for bar in shown], xerr=[bar[2] for bar in shown], color=BLUE, ecolor=GREY)
-        axes.set_yticks(range(len(shown)), [shorten(bar[0], 26) for bar in shown])
-        axes.invert_yaxis()
+        losses, deviations = [bar[1] for bar in bars], [bar[2] for bar in bars]
+        axes.barh(range(len(bars)), losses, height=0.75, xerr=deviations, color=BLUE, ecolor=GREY)
+        axes.set_yticks(range(len(bars)), short_names([bar[0] for bar in bars], 30))
+        axes.set_ylim(tallest - 0.4, -0.6)
         axes.axvline(0, color=GREY, linewidth=0.8)
         label_axes(axes, shorten(title, 40), ylabel="", xlabel="loss of R²")
     return figure
 
 
-def _lines(axes: Axes, depth: NDArray[Any], values_RK: Array, colour: str, *, named: bool) -> None:
-    median = _quantile(values_RK, 50)
+def _colour(measure: str) -> str:
+    """Blue for what embeddings say, orange for spectra of the weights."""
+    return BLUE if measure in ("spread", "norm", "error") else ORANGE
+
+
+def _strip(figure: Figure, axes: Axes, mean_KL: Array) -> None:
+    """Embeddings as columns of colour, white at zero; one outlier in a hundred is as dark as can be."""
+    size = np.abs(mean_KL[np.isfinite(mean_KL)])
+    limit = float(np.percentile(size, 99)) if size.size else 1.0
+    order = np.argsort(np.nan_to_num(mean_KL).mean(axis=0), kind="stable")
+    strip = axes.imshow(
+        mean_KL[:, order].T, aspect="auto", cmap=DIVERGING, vmin=-limit or -1, vmax=limit or 1, interpolation="nearest",
+        extent=(0.5, len(mean_KL) + 0.5, 0, mean_KL.shape[1]), origin="lower",
+    )  # fmt: skip
+    figure.colorbar(strip, ax=axes, pad=0.01, label="value", extend="both")
+    label_axes(axes, "mean embedding of each layer", ylabel="latent values, sorted")
+    axes.grid(False)
+
+
+def _lines(axes: Axes, values_RK: Array, colour: str, *, named: bool) -> None:
+    depth, median = np.arange(1, values_RK.shape[1] + 1), _quantile(values_RK, 50)
     if len(values_RK) > MOST_LINES:
         low, high = _quantile(values_RK, 25), _quantile(values_RK, 75)
         label = "middle half of the networks" if named else None
         axes.fill_between(depth, low, high, color=colour, alpha=0.25, linewidth=0, label=label)
     else:
-        for values in values_RK if len(values_RK) > 1 else ():
-            axes.plot(depth, values, color=colour, alpha=0.25, linewidth=0.8)
+        marker = "." if len(depth) == 1 else None  # a line of one point is invisible
+        for index, values in enumerate(values_RK if len(values_RK) > 1 else ()):
+            known, label = np.isfinite(values), "one network" if named and index == 0 else None
+            axes.plot(depth[known], values[known], color=colour, alpha=0.35, linewidth=0.8, marker=marker, label=label)
     known = np.isfinite(median)
     label = "median" if len(values_RK) > 1 and named else None
     axes.plot(depth[known], median[known], color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
+
+
+def _log_if_wide(axes: Axes, measure: str, values_RK: Array) -> None:
+    """A logarithmic axis, in plain numbers, for amounts that span more than a factor of 20 where they are drawn."""
+    many = len(values_RK) > MOST_LINES
+    drawn = np.stack([_quantile(values_RK, percent) for percent in (25, 75)]) if many else values_RK
+    known = drawn[np.isfinite(drawn)]
+    if measure in POSITIVE and known.min() > 0 and known.max() > 20 * known.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _quantile(values_RK: Array, percent: float) -> Array:
@@ -239,11 +275,14 @@ def _quantile(values_RK: Array, percent: float) -> Array:
 def _name_layers(axes: Axes, layers: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    room = max(0, LEAST_SLOTS - len(layers)) / 2
+    axes.set_xlim(0.5 - room, len(layers) + 0.5 + room)
+    names = short_names(layers)
     if len(layers) > MOST_NAMES:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(f"layer, from {shorten(layers[0])} to {shorten(layers[-1])}", color=INK)
+        axes.set_xlabel(f"layer, from 1 ({names[0]}) to {len(layers)} ({names[-1]})", color=INK)
         return
-    axes.set_xticks(range(1, len(layers) + 1), [shorten(name) for name in layers], rotation=40, ha="right")
+    axes.set_xticks(range(1, len(layers) + 1), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_xlabel("layer", color=INK)
 
 
@@ -260,37 +299,34 @@ def _trajectories(axes: Axes, points_R2: Array, models: Sequence[Any]) -> None:
 
 
 def _coloured(figure: Figure, axes: Axes, points_R2: Array, values: list[Any]) -> None:
+    """Marks in a drawn order, so that none of the colours lies on top; many marks are pixels also in an SVG."""
+    order = np.random.default_rng(0).permutation(len(values))
+    points_R2, values = points_R2[order], [values[row] for row in order]
+    style: dict[str, Any] = {"linewidths": 0, "alpha": 0.85, "zorder": 2, "rasterized": len(values) > SCATTER_LIMIT}
     if any(isinstance(value, str) for value in values):
-        _categories(axes, points_R2, ["unknown" if value is None else str(value) for value in values])
+        _categories(axes, points_R2, ["unknown" if value is None else str(value) for value in values], style)
         return
     numbers = np.array([np.nan if value is None else float(value) for value in values])
     known = np.isfinite(numbers)
-    axes.scatter(points_R2[~known, 0], points_R2[~known, 1], s=10, color="#cccccc", linewidths=0, zorder=2)
-    marks = axes.scatter(
-        points_R2[known, 0],
-        points_R2[known, 1],
-        c=numbers[known],
-        s=14,
-        cmap=SEQUENTIAL,
-        linewidths=0,
-        alpha=0.85,
-        zorder=2,
-    )
+    axes.scatter(points_R2[~known, 0], points_R2[~known, 1], s=10, color=UNKNOWN, **style)
+    if len(set(numbers[known])) < 2:
+        axes.scatter(points_R2[known, 0], points_R2[known, 1], s=14, color=BLUE, **style)
+        return
+    low, high = np.percentile(numbers[known], [1, 99])
+    bounds: dict[str, Any] = {"vmin": low, "vmax": high} if high > low else {}
+    x, y = points_R2[known].T
+    marks = axes.scatter(x, y, c=numbers[known], s=14, cmap=SEQUENTIAL, **bounds, **style)
     figure.colorbar(marks, ax=axes, pad=0.02)
 
 
-def _categories(axes: Axes, points_R2: Array, values: list[str]) -> None:
+def _categories(axes: Axes, points_R2: Array, values: list[str], style: Mapping[str, Any]) -> None:
     names, counts = np.unique(values, return_counts=True)
     kept = [str(name) for name in names[np.argsort(-counts, kind="stable")][:MOST_CATEGORIES]]
-    for name, colour in zip(kept, CYCLE, strict=False):
-        of_name = np.array([value == name for value in values])
-        where = points_R2[of_name]
-        label = shorten(name)
-        axes.scatter(where[:, 0], where[:, 1], s=12, color=colour, linewidths=0, alpha=0.8, label=label, zorder=2)
-    others = np.array([value not in kept for value in values])
-    if others.any():
-        where = points_R2[others]
-        axes.scatter(where[:, 0], where[:, 1], s=8, color="#cccccc", linewidths=0, label="others", zorder=1.5)
+    colours = dict(zip(kept, CYCLE, strict=False))
+    axes.scatter(points_R2[:, 0], points_R2[:, 1], s=12, c=[colours.get(value, UNKNOWN) for value in values], **style)
+    others = {"others": UNKNOWN} if len(names) > len(kept) else {}
+    for name, colour in (colours | others).items():
+        axes.scatter([], [], s=20, color=colour, label=shorten(name))
 
 
 def _dots(axes: Axes, rows: Sequence[Row], metric: str, heights: Sequence[float], probe: str) -> None:
@@ -299,12 +335,17 @@ def _dots(axes: Axes, rows: Sequence[Row], metric: str, heights: Sequence[float]
         colour = PROBES.get(probe, INK)
         if low is not None and high is not None:
             axes.plot([low, high], [height, height], color=colour, linewidth=1.6, alpha=0.6, solid_capstyle="butt")
+        if metric != "mae" and row[metric] < LEAST_SCORE:
+            axes.plot([LEAST_SCORE], [height], "<", color=colour, markersize=6)
+            axes.annotate(f" {row[metric]:.3g}", (LEAST_SCORE, height), xytext=(4, 0), textcoords="offset points",
+                          va="center", fontsize=8, color=colour)  # fmt: skip
     axes.plot([row[metric] for row in rows], heights, "o", color=PROBES.get(probe, INK), markersize=5, label=probe)
 
 
-def _zoom(axes: Axes, values: Sequence[float], metric: str) -> None:
-    """Keeps one bad fit from hiding the others: scores far below zero are drawn at the edge."""
-    clean(axes)
-    if metric in ("r2", "tau", "accuracy") and values:
-        axes.set_xlim(max(-0.6, min(0.0, min(values)) - 0.05), 1.02)
-        axes.axvline(0, color=GREY, linewidth=0.8)
+def _zoom(axes: Axes, metric: str) -> None:
+    """Keeps one bad fit from hiding the others: scores far below zero are arrows at the edge, with their value."""
+    if metric in ("r2", "tau", "accuracy"):
+        low = axes.dataLim.x0 if np.isfinite(axes.dataLim.x0) else 0.0
+        axes.set_xlim(max(LEAST_SCORE, min(low, 0.9)) - 0.04, 1.02)
+        axes.axvline(0, color=GREY, linewidth=0.8, zorder=0.9)
+        axes.set_xlim(axes.get_xlim())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,3 +82,25 @@ def shorten(text: str, length: int = 28) -> str:
         return text
     tail = (length - 1) // 2
     return f"{text[: length - 1 - tail]}…{text[-tail:] if tail else ''}"
+
+
+def short_names(names: Sequence[str], length: int = 28) -> list[str]:
+    """Names without the parts between dots that all of them begin and end with, each of at most `length` characters.
+
+    A single name, and one that would be empty, stays as it is.
+    """
+    parts = [name.split(".") for name in names]
+    least = min((len(of_name) for of_name in parts), default=1)
+    first = _alike(parts, range(least - 1)) if len(parts) > 1 else 0
+    last = _alike(parts, range(-1, first - least, -1)) if len(parts) > 1 else 0
+    if first and any(of_name[first].isdigit() for of_name in parts):
+        first -= 1  # a bare number says little
+    return [shorten(".".join(of_name[first : len(of_name) - last]), length) for of_name in parts]
+
+
+def _alike(parts: Sequence[Sequence[str]], places: Sequence[int]) -> int:
+    """At how many of the places, one after the other, all names have the same part."""
+    for count, place in enumerate(places):
+        if len({of_name[place] for of_name in parts}) > 1:
+            return count
+    return len(places)
