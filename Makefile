@@ -32,13 +32,14 @@ lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Measure: store I/O, alignment, preprocessing, a large model, the stream, the training step
+bench: $(INSTALLED)  ## Measure: store I/O, alignment, preprocessing, a large model, the stream, the training step, embedding
 	$(BIN)/python benchmarks/store_io.py
 	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/python benchmarks/published_preprocessing.py
 	$(BIN)/python benchmarks/large_model.py --layers 2
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/embedding.py
 
 clean:  ## Remove the environment and caches; results stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

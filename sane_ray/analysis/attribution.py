@@ -53,7 +53,7 @@ def importances(
     target_R: NDArray[Any],
     splits: tuple[Rows, Rows, Rows],
     *,
-    repeats: int = 5,
+    repeats: int = 3,
     seed: int = 0,
 ) -> list[Importance]:
     """The loss of R^2 when the columns of a layer are exchanged among test rows, the largest first.
@@ -97,7 +97,7 @@ def _exchanged(
 def layers_behind(
     zoo: Zoo, targets: Sequence[str], features: str, *, last_epoch_only: bool = False, seed: int = 0
 ) -> dict[str, list[Importance]]:
-    """What each layer of a zoo's networks is worth to a block ridge of each numeric property.
+    """What each layer of a zoo's networks is worth to a ridge, on all features as one block, of each numeric property.
 
     Args:
         zoo: Whose properties.
@@ -124,7 +124,7 @@ def layers_behind(
             continue
 
         def build(values: Mapping[str, NDArray[Any]]) -> Probe:
-            return BlockRidge(values, models_R)
+            return BlockRidge({features: np.concatenate(list(values.values()), axis=1)}, models_R)
 
         found[name] = importances(build, blocks, target.values_R, (part.train, part.val, part.test), seed=seed)
     return found
