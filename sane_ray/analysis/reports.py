@@ -15,6 +15,7 @@ CAPTIONS = {
     "map": "Networks by their embeddings: the plane of the two directions in which they differ most. Lines join the "
     "checkpoints of one model. Colours that change smoothly mean that embeddings know the property.",
     "depth": "Layers from front to back: what embeddings say of them (blue) and spectra of the weights (orange).",
+    "family": "Architectures along relative depth, the median network of each: what is common to all of them, and not.",
     "network": "The network layer by layer: its embeddings, and how well its weights are reconstructed.",
     "r2": "R² with 95 % intervals over test models: 1 is perfect, 0 is guessing the mean. Intervals that overlap "
     "widely do not tell two feature sets apart.",
