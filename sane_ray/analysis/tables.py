@@ -57,7 +57,7 @@ def correlations(of_one: Profiles) -> list[dict[str, Any]]:
         correlation over a network's layers: ``spearman``, ``spearman_q25``, ``spearman_q75``.
     """
     rows = []
-    for first in OF_EMBEDDINGS:
+    for first in (name for name in OF_EMBEDDINGS if name in of_one.measures):
         for second in (name for name in OF_WEIGHTS if name in of_one.measures):
             values = along_depth(of_one, first, second)
             known = values[np.isfinite(values)]
