@@ -8,7 +8,9 @@ Shape suffixes: R rows, F features, n test rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +26,13 @@ WHOLE = "whole network"
 """Group of the columns that are of no layer."""
 
 Rows = NDArray[np.int64]
-BuildProbe = Callable[[Mapping[str, NDArray[Any]]], Probe]
+Features = dict[str, NDArray[Any]]
+"""Of the same rows, by block."""
+BuildProbe = Callable[[Features], Probe]
+
+
+MOST_VALUES = 20_000_000
+"""Changed features that are predicted from at once: 160 MB."""
 
 
 class Importance(NamedTuple):
@@ -35,6 +43,15 @@ class Importance(NamedTuple):
     """Mean loss of R^2 on test rows."""
     deviation: float
     """Over the permutations."""
+
+
+class Contributions(NamedTuple):
+    """What each group of columns adds to each prediction."""
+
+    groups: list[str]
+    base: float
+    """The prediction for a network all of whose features are the training rows' means."""
+    moved_nG: NDArray[np.float64]
 
 
 def groups_of(blocks: Sequence[Block]) -> dict[str, dict[str, NDArray[np.int64]]]:
@@ -53,7 +70,7 @@ def importances(
     target_R: NDArray[Any],
     splits: tuple[Rows, Rows, Rows],
     *,
-    repeats: int = 3,
+    repeats: int = 5,
     seed: int = 0,
 ) -> list[Importance]:
     """The loss of R^2 when the columns of a layer are exchanged among test rows, the largest first.
@@ -66,38 +83,65 @@ def importances(
         repeats: Permutations of each group.
         seed: Of the permutations.
     """
-    train, val, test = splits
-    values = {block.name: np.asarray(block.values_RF, np.float64) for block in blocks}
+    test, groups, generator = splits[2], groups_of(blocks), np.random.default_rng(seed)
+    values = _values(blocks)
 
-    def score(changed: Mapping[str, NDArray[Any]]) -> float:
-        prediction_R = build(changed)(target_R, train, val, seed).prediction_R
-        return r2_score(target_R[test], prediction_R[test])
+    def variants() -> Iterator[Features]:
+        yield {name: block[test] for name, block in values.items()}
+        for columns in groups.values():
+            for _ in range(repeats):
+                yield _exchanged(values, columns, test, generator.permutation(test))
 
-    whole, generator, found = score(values), np.random.default_rng(seed), []
-    for group, columns in groups_of(blocks).items():
-        drops = [whole - score(_exchanged(values, columns, test, generator)) for _ in range(repeats)]
-        found.append(Importance(group, float(np.mean(drops)), float(np.std(drops))))
+    scores = [r2_score(target_R[test], one) for one in _answers(build, values, variants(), target_R, splits, seed)]
+    drops_GP = scores[0] - np.reshape(scores[1:], (len(groups), repeats))
+    found = [Importance(group, float(d.mean()), float(d.std())) for group, d in zip(groups, drops_GP, strict=True)]
     return sorted(found, key=lambda importance: -importance.drop)
 
 
-def _exchanged(
-    values: Mapping[str, NDArray[Any]],
-    columns: Mapping[str, NDArray[np.int64]],
-    test: Rows,
-    generator: np.random.Generator,
-) -> dict[str, NDArray[Any]]:
-    """Features in which test rows have those columns of one another, the same partner in all blocks."""
-    partner, changed = generator.permutation(test), dict(values)
-    for name, at in columns.items():
-        changed[name] = values[name].copy()
-        changed[name][test[:, None], at] = values[name][partner[:, None], at]
-    return changed
+def contributions(
+    build: BuildProbe,
+    blocks: Sequence[Block],
+    target_R: NDArray[Any],
+    splits: tuple[Rows, Rows, Rows],
+    *,
+    seed: int = 0,
+) -> Contributions:
+    """How far each layer moves each prediction away from that for the typical training network.
+
+    A row's contribution of a layer is the prediction for a network that has this layer's features and otherwise the
+    means of the training rows, less the prediction for the means alone. For linear probes (either ridge) that is the
+    sum of coefficient times centred feature, and base and contributions add up to the prediction exactly.
+
+    Args:
+        build: Makes a probe of features by block name.
+        blocks: Features of all rows.
+        target_R: What is predicted.
+        splits: Training, validation and test rows.
+        seed: Of the probe.
+    """
+    train, _, test = splits
+    groups, values = groups_of(blocks), _values(blocks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a column that no training row has stays NaN
+        typical = {name: np.tile(np.nanmean(block[train], axis=0), (len(test), 1)) for name, block in values.items()}
+
+    def variants() -> Iterator[Features]:
+        yield typical
+        for columns in groups.values():
+            changed = {name: block.copy() for name, block in typical.items()}
+            for name, at in columns.items():
+                changed[name][:, at] = values[name][np.ix_(test, at)]
+            yield changed
+
+    base_n, *moved = _answers(build, values, variants(), target_R, splits, seed)
+    moved_nG = np.stack(moved, axis=1) - base_n[:, None] if moved else np.empty((len(test), 0))
+    return Contributions(list(groups), float(base_n[0]) if len(base_n) else np.nan, moved_nG)
 
 
 def layers_behind(
     zoo: Zoo, targets: Sequence[str], features: str, *, last_epoch_only: bool = False, seed: int = 0
 ) -> dict[str, list[Importance]]:
-    """What each layer of a zoo's networks is worth to a ridge, on all features as one block, of each numeric property.
+    """What each layer of a zoo's networks is worth to a block ridge of each numeric property.
 
     Args:
         zoo: Whose properties.
@@ -123,8 +167,43 @@ def layers_behind(
         if np.ptp(target.values_R[part.train]) == 0 or np.ptp(target.values_R[part.test]) == 0:
             continue
 
-        def build(values: Mapping[str, NDArray[Any]]) -> Probe:
-            return BlockRidge({features: np.concatenate(list(values.values()), axis=1)}, models_R)
+        def build(values: Features) -> Probe:
+            return BlockRidge(values, models_R)
 
         found[name] = importances(build, blocks, target.values_R, (part.train, part.val, part.test), seed=seed)
     return found
+
+
+def _values(blocks: Sequence[Block]) -> Features:
+    return {block.name: np.asarray(block.values_RF, np.float64) for block in blocks}
+
+
+def _exchanged(values: Features, columns: Mapping[str, Rows], test: Rows, partner: Rows) -> Features:
+    """Features of the test rows, those columns of one another's: the same partner in all blocks."""
+    changed = {name: block[test] for name, block in values.items()}
+    for name, at in columns.items():
+        changed[name][:, at] = values[name][np.ix_(partner, at)]
+    return changed
+
+
+def _answers(
+    build: BuildProbe,
+    values: Features,
+    variants: Iterator[Features],
+    target_R: NDArray[Any],
+    splits: tuple[Rows, Rows, Rows],
+    seed: int,
+) -> list[NDArray[Any]]:
+    """What a probe says of each variant of the test rows, [n] each.
+
+    Variants stand behind the real rows: neither for training nor for validation, they change no fit, and one fit
+    answers for as many as there is memory for.
+    """
+    train, val, test = splits
+    columns = sum(block.shape[1] for block in values.values())
+    at_once, answers = max(1, int(MOST_VALUES / max(1, columns * len(test)))), []
+    while some := list(islice(variants, at_once)):
+        stacked = {name: np.concatenate([block, *(one[name] for one in some)]) for name, block in values.items()}
+        behind = build(stacked)(target_R, train, val, seed).prediction_R[len(target_R) :]
+        answers += np.split(behind, len(some))
+    return answers

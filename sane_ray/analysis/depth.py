@@ -47,6 +47,7 @@ def profiles(
     """Reads off the layers of one architecture's networks.
 
     * ``spread``: mean over the latent values of their standard deviation over the layer's tokens (the paper's z_l);
+      NaN for a layer of one token;
     * ``norm``: length of the mean embedding;
     * ``error``: squared error of the reconstructed weights, as normalised;
     * with ``spectra``, those of ``NAMES`` that are given.
@@ -61,8 +62,9 @@ def profiles(
     wanted = pc.is_in(embeddings.layers["id"], value_set=pa.array(ids, pa.string()))
     rows = embeddings.layers.filter(wanted)
     layers = rows["name"].to_pylist()[: std_RKL.shape[1]]
+    single_RK = _floats(rows["tokens"]).reshape(len(ids), -1) < 2
     measures = {
-        "spread": std_RKL.mean(axis=2).astype(np.float64),
+        "spread": np.where(single_RK, np.nan, std_RKL.mean(axis=2)).astype(np.float64),
         "norm": np.linalg.norm(mean_RKL, axis=2).astype(np.float64),
         "error": _floats(rows["reconstruction_mse"]).reshape(len(ids), -1),
     }
