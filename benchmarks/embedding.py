@@ -16,8 +16,8 @@ the same tokens (random, in the shapes of the preset's networks, in memory) and 
 * published-100: the same with 100 networks at a time, as its ``map_embeddings`` has it.
 
 The mean embeddings of ours-float32 and published must agree to 1e-5. Figures are of each side's best round, which
-others on the machine disturbed least, and "ours x" says how many times as fast ours is. On a CPU the same is told in the
-processor's time, which others take less from, and that decides. Needs torch alone, neither Ray nor a store.
+others on the machine disturbed least, and "ours x" says how many times as fast ours is. On a CPU the same is told in
+the processor's time, which others take less from, and that decides. Needs torch alone, neither Ray nor a store.
 """
 
 from __future__ import annotations

@@ -381,7 +381,8 @@ class PretrainingConfig:
     """Seed of initialisation, order, windows, permutations and noise."""
 
     log_every: int = 20
-    """Steps between reports to MLflow; every step's loss is kept."""
+    """Steps between looks at the numbers, each of which waits for the device. Those of every step are kept, and go out
+    to MLflow every two seconds or so."""
 
     validate_every: float = 5.0
     """Epochs between validations, about, since they are rounded to whole steps (0.1: ten in an epoch); the end is
@@ -452,7 +453,8 @@ class ClusterConfig:
     """Whether each training worker takes a GPU; `auto` takes one when the cluster has enough."""
 
     data_cpus: float = 1.0
-    """CPUs of the data stream of each training worker, on the same node, reserved beside the worker's own."""
+    """CPUs of the data stream of each training worker, on the same node, reserved beside the worker's own. The stream
+    is one process: more than 1 only reserves them."""
 
     resize_seconds: float = 60.0
     """Seconds between looks at whether an elastic run may grow; each change restarts from the last checkpoint."""

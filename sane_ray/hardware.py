@@ -99,9 +99,11 @@ DEVICES = (
 def device_of(name: str) -> Device | None:
     """The device that torch calls ``name`` (``torch.cuda.get_device_name``); None if it is not in the table.
 
-    Words are compared whole: an L40S is no L4, and a GH200 no H200.
+    Words are compared whole: an L40S is no L4, and a GH200 no H200. A MIG slice is not the GPU that it is a part of.
     """
     words = name.lower().replace("-", " ").replace("_", " ").split()
+    if "mig" in words:
+        return None
     return next((device for device in DEVICES if set(device.words) <= set(words)), None)
 
 

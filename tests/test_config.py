@@ -8,6 +8,8 @@ from sane_ray.config import (
     AutoencoderConfig,
     BuildZooJob,
     ClusterConfig,
+    EmbeddingConfig,
+    EmbedJob,
     LossConfig,
     PrepareJob,
     PretrainingConfig,
@@ -57,6 +59,9 @@ REFUSED = [
     (ClusterConfig, "cluster", "cpus_per_worker", 0.0),
     (ClusterConfig, "cluster", "data_cpus", 0.0),
     (ClusterConfig, "cluster", "max_failures", -1),
+    (EmbeddingConfig, "embedding", "window", -1),
+    (EmbeddingConfig, "embedding", "halo", -1),
+    (EmbeddingConfig, "embedding", "tokens_at_once", -1),
 ]
 
 
@@ -112,7 +117,7 @@ def test_the_published_presets_have_the_published_sizes():
         assert (job.loss.gamma, job.loss.temperature, job.augmentation.noise) == (0.05, 0.1, 0.1)
 
 
-@pytest.mark.parametrize("job", [BuildZooJob, PrepareJob, PretrainJob])
+@pytest.mark.parametrize("job", [BuildZooJob, PrepareJob, PretrainJob, EmbedJob])
 def test_every_field_explains_itself(job):
     import ast
     import inspect

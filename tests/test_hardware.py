@@ -45,6 +45,11 @@ def test_a_device_that_is_not_known_is_not_guessed(name):
     assert device_of(name) is None
 
 
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb"])
+def test_a_slice_of_a_device_is_not_the_device(name):
+    assert device_of(name) is None
+
+
 def test_every_device_is_found_by_its_own_words():
     for device in DEVICES:
         assert device_of("Maker " + " ".join(device.words)) == device

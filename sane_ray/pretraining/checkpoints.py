@@ -97,7 +97,6 @@ class Checkpoints:
         self.keep = keep
         self.patience_s = patience_s
         self._ranks = _Ranks(rank, world_size)
-        self._last: dict[str, Any] | None = None  # record of the newest checkpoint known to be complete
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(
             StagingOptions(
@@ -117,15 +116,14 @@ class Checkpoints:
         self._writing = self._thread.submit(self._attempt, *self._staged(state))
 
     def save(self, state: TrainingState) -> None:
-        """Writes the state and returns when it is complete; if the newest checkpoint is of this very state, at once.
+        """Writes the state and returns when it is complete.
 
         Raises:
             InputError: storage failed for ``patience_s`` seconds.
         """
         self.finish()
         tensors, record = self._staged(state)
-        if record != self._last:
-            self._patiently("written", lambda: self._write(tensors, record))
+        self._patiently("written", lambda: self._write(tensors, record))
 
     def finish(self) -> None:
         """Waits for what is being written; storage that is away is only warned of."""
@@ -198,7 +196,6 @@ class Checkpoints:
             raise StorageAway(str(away)) from error
         files = {name: sums for of_rank in self._ranks.all(lambda: writer.files) for name, sums in of_rank.items()}
         self._ranks.first(lambda: _complete(folder, _manifest(record, self._ranks.world_size, files)))
-        self._last = record
         if self._ranks.rank == 0:
             _remove_old(self.folder, folder.name, self.keep)
 
@@ -295,7 +292,6 @@ class Checkpoints:
             return "; ".join(f"worker {rank}: {wrapped[0]!r}" for rank, wrapped in error.failures.items())
         state.restore(content.record)
         state.load_state_dict(staged)
-        self._last = content.record
         return None
 
     # both

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError, RayTaskError, UserCodeException
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
@@ -76,7 +77,8 @@ def is_fault(error: BaseException) -> bool:
     """Whether a restart from the last checkpoint may mend what a worker raised.
 
     Faults are dead or unreachable actors, nodes and objects, whatever the operating system refused (storage, network),
-    failed communication between workers, and broken devices. All else is a bug, running out of memory too.
+    data that stopped coming, failed communication between workers, and broken devices. All else is a bug, running out
+    of memory too.
 
     Every error of the operating system counts, a missing file and a refused permission too: while shared storage is
     away, its mount point is an empty folder, a file, or somebody else's, and only a restart can tell.
@@ -86,7 +88,7 @@ def is_fault(error: BaseException) -> bool:
         return all(is_fault(failure) for failure, _ in cause.failures.values())
     if isinstance(cause, InputError | MemoryError | torch.OutOfMemoryError | RayTaskError | UserCodeException):
         return False
-    if isinstance(cause, OSError | DistError | RayError | RayTrainError):
+    if isinstance(cause, OSError | DistError | RayError | RayTrainError | ExecutionTimeoutError):
         return True
     return isinstance(cause, RuntimeError) and FAULT_MESSAGES.search(str(cause)) is not None
 

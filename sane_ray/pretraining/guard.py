@@ -42,28 +42,32 @@ class SpikeGuard:
         self.factor = factor
         self.norms: list[float] = []
         self.unusable = 0
-        """Steps without a finite gradient since the last with one."""
+        """Of the runs of steps without a finite gradient that the last look saw grow, the longest, whole."""
         self.skipped = 0
         """All steps without a finite gradient."""
+        self._run = 0  # steps without one since the last with one
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
-        return {"norms": self.norms, "unusable": self.unusable, "skipped": self.skipped}
+        return {"norms": self.norms, "unusable": self._run, "skipped": self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what ``state`` gave."""
-        self.norms, self.unusable, self.skipped = list(state["norms"]), state["unusable"], state["skipped"]
+        self.norms, self.skipped = list(state["norms"]), state["skipped"]
+        self.unusable = self._run = state["unusable"]
 
     def look(self, points: Iterable[Point]) -> list[Spike]:
         """Takes in the next steps; returns those that are spikes. A level that stays becomes the usual one."""
         spikes = []
+        self.unusable = 0
         for point in points:
             norm = point["train/gradient_norm"]
             if not math.isfinite(norm):  # such a step changed nothing
-                self.unusable += 1
+                self._run += 1
                 self.skipped += 1
+                self.unusable = max(self.unusable, self._run)
                 continue
-            self.unusable = 0
+            self._run = 0
             usual = median(self.norms) if len(self.norms) >= ENOUGH else math.inf
             if norm > self.factor * usual:
                 spikes.append(Spike(int(point["step"]), norm, usual))

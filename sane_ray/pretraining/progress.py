@@ -36,9 +36,10 @@ class Progress:
         self.flops_per_token = trainer.model.flops_per_token(trainer.model.config.window)
         self.peak_flops = peak_flops
         self.restart()
+        self.told = self.began
 
     def restart(self) -> None:
-        """Begins to measure time anew, after something that is not training."""
+        """Begins to measure time anew, after something that is not training: the time since the last report paused."""
         self.rows: list[Tensor] = []
         self.steps: list[int] = []
         self.times: list[float] = []
@@ -63,10 +64,11 @@ class Progress:
         if not self.rows:
             return []
         metrics = global_metrics(torch.stack(self.rows), self.trainer.world_size).cpu()
-        elapsed = time.perf_counter() - self.began
+        now = time.perf_counter()
         points = [self._point(*of_step) for of_step in zip(self.steps, metrics, self.times, strict=True)]
-        points[-1] |= self._speed(len(points), elapsed)
+        points[-1] |= self._speed(len(points), now - self.began) | self._pauses(now)
         self.restart()
+        self.told = now
         return points
 
     def _speed(self, steps: int, elapsed: float) -> Point:
@@ -82,6 +84,10 @@ class Progress:
         if self.peak_flops:
             speed["mfu"] = flops_per_s / (self.peak_flops * self.trainer.world_size)
         return speed
+
+    def _pauses(self, now: float) -> Point:
+        """The share of the time since the last report that is not measured: before the last ``restart``."""
+        return {"paused_fraction": (self.began - self.told) / (now - self.told)}
 
     def _point(self, step: int, row: Tensor, at: float) -> Point:
         losses = {f"train/{name}": float(value) for name, value in zip(METRICS, row, strict=False)}

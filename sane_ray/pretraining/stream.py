@@ -340,6 +340,8 @@ def _execution(
     # Ray Data hands a block on once it is larger than this, and cuts it in two at one and a half times as much.
     context.target_max_block_size = int(0.9 * reader.steps_a_block(store) * reader.rows * reader.bytes_a_row(store))
     context.enable_progress_bars = False
+    # Else Ray Data fails after half an hour in which the worker took nothing, as slow steps or hung storage make it.
+    context.execution_no_progress_timeout_s = -1
     return cast(Iterable[Columns], blocks.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1))
 
 

@@ -372,6 +372,7 @@ class _Loop:
         self._report()
         if self.validated and self.validated_at == step:
             self._keep_if_best()
+        self.progress.restart()
         if self.config.evaluate_every and step == self.total:
             self.snapshots.take(self.trainer.model, step, step / self.steps_per_epoch)
 
@@ -410,7 +411,9 @@ class _Loop:
         Raises:
             NotFinite: always.
         """
-        point, clip = self._last_point(), self.config.gradient_clip
+        self._last_point()
+        point = next(point for point in reversed(self.points) if not math.isfinite(point.get(name, 0.0)))
+        clip = self.config.gradient_clip
         self._report()
         clipping = "" if 0 < clip <= 1 else f", or set pretraining.gradient_clip ({clip:g}) to 1"
         raise NotFinite(

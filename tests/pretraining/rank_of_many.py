@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_training import SETTINGS, STEPS, make_batches, make_trainer, share, token_distance, whole_weights
 
+from sane_ray.pretraining.sharding import matrices
 from sane_ray.pretraining.step import global_metrics
 
 
@@ -25,7 +27,8 @@ def train(rank: int, world_size: int, folder: Path, settings: dict) -> dict:
         rows = [of.step(share(batch, rank, world_size)) for batch in batches]
         return global_metrics(torch.stack(rows), world_size)
 
-    outcome = {"metrics": steps(trainer, make_batches(STEPS))}
+    outcome = {"layout": layout(trainer)}
+    outcome["metrics"] = steps(trainer, make_batches(STEPS))
     outcome["validation"] = trainer.validate([share(b, rank, world_size) for b in make_batches(2, seed=9)])
     outcome["weights"] = {name: weight.clone() for name, weight in whole_weights(trainer).items()}
     dcp.save(trainer.state.state_dict(), checkpoint_id=folder)
@@ -35,7 +38,26 @@ def train(rank: int, world_size: int, folder: Path, settings: dict) -> dict:
     load(resumed, folder, outcome["record"])
     outcome["resumed"] = steps(resumed, make_batches(2, seed=2))
     outcome["uninterrupted"] = steps(trainer, make_batches(2, seed=2))
+    outcome["gathered"] = gathered_by_forward(resumed, share(make_batches(1)[0], rank, world_size))
     return outcome
+
+
+def layout(trainer) -> dict:
+    """Over which ranks each matrix is spread and how, its rows, and how many of them this one has."""
+    return {
+        name: (p.device_mesh.mesh.tolist(), [str(placement) for placement in p.placements], len(p), len(p.to_local()))
+        for name, p in trainer.model.named_parameters()
+        if p.dim() >= 2
+    }
+
+
+def gathered_by_forward(trainer, batch) -> list[bool]:
+    """Of the matrices of blocks, whether each is whole between the forward pass and the backward."""
+    trainer.model.train()
+    blocks = list(trainer.model.blocks())
+    assert all(isinstance(p, DTensor) for block in blocks for p in matrices(block))
+    trainer._forward(trainer._views(batch, noisy=False))
+    return [not isinstance(p, DTensor) for block in blocks for p in matrices(block)]
 
 
 def load(trainer, folder: Path, record: dict) -> None:

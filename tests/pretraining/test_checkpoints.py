@@ -163,13 +163,6 @@ def test_a_second_checkpoint_of_a_step_counts_more_than_the_first(tmp_path):
     assert names(tmp_path) == [f"{name(2)}_2", name(3)]
 
 
-def test_saving_what_is_saved_already_writes_nothing(tmp_path):
-    state, checkpoints = trained(2), checkpoints_in(tmp_path)
-    checkpoints.begin(state)
-    checkpoints.save(state)
-    assert names(tmp_path) == [name(2)]
-
-
 # damage
 
 

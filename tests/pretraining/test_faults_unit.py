@@ -1,8 +1,9 @@
-"""Which messages of a plain RuntimeError tell of a failed network, peer or device, and which of a bug."""
+"""Which messages of a plain RuntimeError, and which kinds of error, tell of a fault, and which of a bug."""
 
 import pytest
+from ray.data.exceptions import ExecutionTimeoutError
 
-from sane_ray.pretraining.faults import is_fault
+from sane_ray.pretraining.faults import is_fault, root_bug
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,9 @@ def test_words_of_these_in_the_message_of_a_bug_make_it_no_fault(message):
 @pytest.mark.parametrize("kind", [FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError])
 def test_whatever_storage_refuses_is_a_fault(kind):
     assert is_fault(kind("the mount point while storage is away"))
+
+
+def test_data_that_stopped_coming_are_a_fault():
+    error = ExecutionTimeoutError("Dataset execution made no progress for at least 1800s of scheduling time")
+    assert is_fault(error)
+    assert root_bug({0: error}) is None

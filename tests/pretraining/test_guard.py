@@ -1,7 +1,7 @@
 import json
 import math
 
-from sane_ray.pretraining.guard import ENOUGH, WINDOW, Spike, SpikeGuard
+from sane_ray.pretraining.guard import ENOUGH, MOST_UNUSABLE, WINDOW, Spike, SpikeGuard
 
 
 def points(norms, first=1):
@@ -38,6 +38,24 @@ def test_steps_without_a_finite_gradient_are_counted_until_one_has_it():
     assert (guard.unusable, guard.skipped, guard.norms) == (2, 2, [1.0])
     guard.look(points([1.0]))
     assert (guard.unusable, guard.skipped) == (0, 2)
+
+
+def test_a_long_run_of_steps_without_a_finite_gradient_is_seen_when_it_is_over_too():
+    guard = SpikeGuard(10.0)
+    guard.look(points([math.nan] * (MOST_UNUSABLE + 14) + [1.0, math.nan]))
+    assert guard.unusable == MOST_UNUSABLE + 14
+    guard.look(points([math.nan, 1.0, math.inf, 1.0]))
+    assert guard.unusable == 2, "the runs of the look before are over"
+
+
+def test_such_a_run_is_counted_across_looks_and_checkpoints():
+    guard, restored = SpikeGuard(10.0), SpikeGuard(10.0)
+    guard.look(points([1.0] + [math.nan] * (MOST_UNUSABLE - 1)))
+    restored.restore(json.loads(json.dumps(guard.state())))
+    for each in (guard, restored):
+        assert each.unusable == MOST_UNUSABLE - 1
+        each.look(points([math.nan, 1.0]))
+        assert each.unusable == MOST_UNUSABLE
 
 
 def test_a_restored_guard_judges_as_the_one_that_was_saved():

@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ SKIPPED = METRICS.index("skipped")
 WORLDS = {
     2: ["plain", "micro", "recomputed", "kept", "bfloat16", "bfloat16_micro"],
     3: ["plain", "bfloat16"],
-    4: ["node"],
+    4: ["plain", "node", "recomputed"],
 }
 """How many processes are compared with one, and in which of SETTINGS: 8 windows are 3, 3 and 2 of three."""
 
@@ -90,6 +91,29 @@ def test_the_first_loss_in_bfloat16_is_that_of_one_rank(many_ranks, world_size):
     expected = one_rank("bfloat16").step(make_batches(1)[0])
     torch.testing.assert_close(first[:NORM], expected[:NORM], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(first[NORM], expected[NORM], atol=0, rtol=2**-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "placements", "parts"),
+    [
+        ("plain", [0, 1, 2, 3], ["S(0)"], 4),
+        ("node", [[0, 1], [2, 3]], ["R", "S(0)"], 2),
+        ("recomputed", [[0], [1], [2], [3]], ["R", "S(0)"], 1),
+    ],
+)
+def test_matrices_of_two_nodes_of_two_are_spread_as_asked(many_ranks, name, mesh, placements, parts):
+    """``full``, ``node`` and ``none``."""
+    layout = many_ranks[1][4][name]["layout"]
+    assert layout
+    for rows, own in [found[2:] for found in layout.values()]:
+        assert own == math.ceil(rows / parts)
+    assert all(found[:2] == (mesh, placements) for found in layout.values())
+
+
+@pytest.mark.parametrize(("name", "whole"), [("plain", False), ("kept", True)])
+def test_weights_of_blocks_are_given_back_after_the_forward_pass_unless_they_are_to_be_kept(many_ranks, name, whole):
+    gathered = many_ranks[1][2][name]["gathered"]
+    assert gathered and set(gathered) == {whole}
 
 
 @pytest.mark.parametrize(("world_size", "name"), [(2, "plain"), (4, "node")])
@@ -265,7 +289,10 @@ def test_bfloat16_stays_close_to_float32():
     assert float(rounded) == pytest.approx(float(exact), rel=0.02)
 
 
-def test_precision_is_as_asked_or_what_the_processor_multiplies():
-    assert choose_precision("bfloat16", torch.device("cpu")) == torch.bfloat16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert choose_precision("auto", torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
+def test_precision_is_as_asked_or_what_the_processor_multiplies(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    cpu = torch.device("cpu")
+    assert choose_precision("auto", cpu) == (torch.bfloat16 if avx512 or amx else torch.float32)
+    assert [choose_precision(asked, cpu) for asked in ("bfloat16", "float32")] == [torch.bfloat16, torch.float32]

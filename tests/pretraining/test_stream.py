@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from ray.data import DataContext
 
 from sane_ray.config import AugmentationConfig, TokensConfig
 from sane_ray.errors import InputError
@@ -278,6 +279,13 @@ def test_reading_gives_up_in_the_end_and_at_once_where_a_file_is_damaged(scatter
     with pytest.raises(InputError, match="damaged"):
         patiently(lambda: store.read_row_group(group), store.path, waits=(0.01,))
     assert caplog.text.count("trying again") == 2
+
+
+def test_a_stream_may_stand_still_for_as_long_as_it_likes(store, ray_session, monkeypatch):
+    """Ray Data's own limit is shorter here than it takes to start the task that reads."""
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 1e-3)
+    reader = make_reader(store)
+    assert_equal(list(stream(reader, epochs=1, first_step=0)), read(reader, store))
 
 
 def test_streams_need_no_cpu_of_the_cluster_and_do_not_wait_for_each_other(store, ray_session):
