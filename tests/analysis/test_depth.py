@@ -1,12 +1,17 @@
 """Measures of layers are what they are called, and go with each other as they should."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from sane_ray.analysis.depth import Profiles, along_depth, last_rows, profiles, spectra_of
+from sane_ray.analysis.depth import Profiles, along_depth, last_rows, profiles, spectra_of, spectra_of_store
 from sane_ray.analysis.tables import correlations, depth_table
+from sane_ray.config import TokensConfig
+from sane_ray.tokens.store.writing import write_store
 from sane_ray.tokens.tokenizer import build_layer_table
+from sane_ray.zoo.catalog import discover
 from sane_ray.zoo.checkpoint import LoadedCheckpoint
 
 
@@ -66,3 +71,23 @@ def test_the_depth_table_has_a_row_a_network_and_layer(write_embeddings, tmp_pat
 
 def test_the_last_checkpoint_of_a_model_is_that_of_its_largest_epoch():
     assert last_rows(["a", "b", "a", "c", "a"], [3, None, 9, 1, 4]) == [2, 1, 3]
+
+
+def test_spectra_of_a_store_are_of_some_last_checkpoints(tmp_path):
+    zoo = tmp_path / "zoo"
+    for model in range(5):
+        for epoch in range(2):
+            folder = zoo / f"NN_tune_trainable_{model}" / f"checkpoint_{epoch}"
+            folder.mkdir(parents=True)
+            weights = {"a.weight": (10.0 ** (model + epoch)) * torch.eye(3), "b.weight": torch.ones(4, 3)}
+            torch.save(weights, folder / "checkpoints")
+        lines = [json.dumps({"training_iteration": epoch}) for epoch in range(2)]
+        (folder.parent / "result.json").write_text("\n".join(lines) + "\n")
+        (folder.parent / "params.json").write_text("{}")
+    store = write_store(discover(zoo), tmp_path / "store", TokensConfig(dtype="float32"), source=zoo)
+    found = spectra_of_store(store, most=3)
+    last = {row["id"]: row["model"] for row in store.models.to_pylist() if row["epoch"] == 1}
+    assert len(found) == 3 and set(found) <= set(last)
+    for one, metrics in found.items():
+        assert metrics["log_spectral_norm"][0] == pytest.approx(2 * (int(last[one][-1]) + 1), abs=1e-3)
+    assert len(spectra_of_store(store)) == 5
