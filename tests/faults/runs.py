@@ -181,11 +181,19 @@ def assert_same(run: Run, calm: Run) -> None:
 
 
 def assert_close(run: Run, calm: Run) -> None:
-    """As `assert_same`, but for the order in which numbers are added up, which the number of workers decides."""
+    """As `assert_same`, but for the order in which numbers are added up, which the number of workers decides.
+
+    Three elastic runs of float32 differed from the calm one by 3e-8 of the loss at first and 5e-6 at most, by 4e-5 of
+    its contrastive part, and by 1.2e-4 of the gradient's norm, which magnifies differences most.
+    """
     curve, expected = run.curve(), calm.curve()
     assert sorted(curve) == list(range(1, STEPS + 1))
     for step, point in expected.items():
-        assert curve[step] == pytest.approx(point, rel=1e-4, abs=1e-6), step
-    weights, wanted = run.weights(), calm.weights()
-    for name, tensor in wanted.items():
+        losses, norm = dict(curve[step]), "train/gradient_norm"
+        assert losses.pop(norm) == pytest.approx(point[norm], rel=1e-3), step
+        assert losses == pytest.approx(
+            {name: value for name, value in point.items() if name != norm}, rel=1e-4, abs=1e-6
+        )
+    weights, expected_weights = run.weights(), calm.weights()
+    for name, tensor in expected_weights.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
