@@ -166,6 +166,7 @@ def tracked(name: str, digest: str, settings: dict[str, Any], output: Path, stor
 def report(results: dict[str, Any], zoos: list[Zoo], job: PredictJob, output: Path) -> None:
     """Draws the pictures and writes the report beside the results."""
     from sane_ray.analysis.attribution import layers_behind  # scipy and matplotlib take seconds to import
+    from sane_ray.analysis.depth import spectra_of_store
     from sane_ray.analysis.pictures import draw_embeddings, draw_predictions
     from sane_ray.analysis.reports import write_prediction_report
 
@@ -174,7 +175,8 @@ def report(results: dict[str, Any], zoos: list[Zoo], job: PredictJob, output: Pa
     layers = layers_behind(zoo, wanted.targets, features, last_epoch_only=wanted.epochs == "last", seed=wanted.seed)
     pictures = draw_predictions(output, output / PICTURES, layers)
     if isinstance(zoo.embeddings, Embeddings):
-        pictures += draw_embeddings(zoo.embeddings, output / PICTURES)
+        spectra = spectra_of_store(zoo.store) if zoo.store is not None else None
+        pictures += draw_embeddings(zoo.embeddings, output / PICTURES, spectra)
     flags = {"embeddings": job.embeddings, "store": job.store, "other_embeddings": job.other_embeddings}
     command = shlex.join(["python", "jobs/predict.py", *(p for k, v in flags.items() if v for p in (f"--{k}", v))])
     write_prediction_report(results, pictures, output / REPORT_FILE, command)

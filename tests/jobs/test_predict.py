@@ -56,7 +56,11 @@ def test_predicts_once_tracks_and_says_where(folder: Path, capsys, monkeypatch):
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["r2/test_acc/statistics/ridge"] > 0.5 and run.info.status == "FINISHED"
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert artifacts == {"results.json", "results.parquet", "predictions.parquet"}
+    assert artifacts == {"results.json", "results.parquet", "predictions.parquet", "report.html", "plots"}
+    plots = {Path(artifact.path).name for artifact in client.list_artifacts(run.info.run_id, "plots")}
+    assert {"r2.png", "r2.svg", "map.png", "depth.png", "depth.parquet", "analysis.json", "layers.png"} <= plots
+    report = (folder / "properties" / "one" / "report.html").read_text()
+    assert "SANE with s(W)" in report and "data:image/" in report
 
 
 def test_other_settings_under_one_name_are_refused(folder: Path, tmp_path: Path):

@@ -67,7 +67,9 @@ def write_embeddings(folder: Path, store: TokenStore, fingerprint: str = "model"
         for index, (start, stop) in enumerate(zip(table.layer_starts, table.layer_starts[1:], strict=False)):
             vectors = {name: summary(z[start:stop]).astype(np.float32).tolist() for name, summary in summaries.items()}
             vectors["shape"] = shape_of(z[start:stop])
-            layers.append({"id": store.models["id"][row].as_py(), "layer": index, **vectors})
+            known = {"id": store.models["id"][row].as_py(), "layer": index, "name": table.layers[index].key}
+            known |= {"tokens": int(stop - start), "reconstruction_mse": 0.1}
+            layers.append({**known, **vectors})
         shapes.append(shape_of(z))
     kept = [name for name in store.models.column_names if not name.startswith("config.")]
     kind = pa.list_(pa.float32(), LATENT)
@@ -76,7 +78,8 @@ def write_embeddings(folder: Path, store: TokenStore, fingerprint: str = "model"
         table = table.append_column(name, pa.array([vector.tolist() for vector in vectors], kind))
     table = table.append_column("shape", pa.array(shapes, pa.list_(pa.float32(), len(SHAPE))))
     pq.write_table(table, folder / "models.parquet")
-    schema = pa.schema([("id", pa.string()), ("layer", pa.int64()), *((name, kind) for name in summaries)])
+    known_of = [("id", pa.string()), ("layer", pa.int64()), ("name", pa.string()), ("tokens", pa.int64())]
+    schema = pa.schema([*known_of, ("reconstruction_mse", pa.float64()), *((name, kind) for name in summaries)])
     schema = schema.append(pa.field("shape", pa.list_(pa.float32(), len(SHAPE))))
     pq.write_table(pa.Table.from_pylist(layers, schema), folder / "layers.parquet")
     index = {
