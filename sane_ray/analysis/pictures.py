@@ -70,6 +70,7 @@ def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | Non
         _, mean_RKL = embeddings.layer_vectors("mean", commonest)
         measures = {name: values[0] for name, values in of_commonest.measures.items()}
         title = f"{shorten(of_commonest.ids[0], 70)}, {len(of_commonest.layers)} layers"
+        title = title.removesuffix("s") if len(of_commonest.layers) == 1 else title
         written = save(network_figure(of_commonest.layers, mean_RKL[0], measures, title), folder / "network.png")
         return written + write_tables(folder, models, found)
     drawn = _draw_zoo(embeddings, folder, found)
