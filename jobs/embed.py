@@ -112,11 +112,13 @@ def draw(plan: Plan, embeddings: Embeddings) -> list[Path]:
 
 
 def spectra_of_plan(plan: Plan, embeddings: Embeddings) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Spectral metrics of the layers of checkpoints that were embedded as they are, by id; of a store none."""
-    from sane_ray.analysis.depth import spectra_of
+    """Spectral metrics of the layers of checkpoints that were embedded as they are, by id; of a store, some."""
+    from sane_ray.analysis.depth import spectra_of, spectra_of_store
     from sane_ray.tokens.layers import LayerTable
     from sane_ray.zoo.catalog import open_record
 
+    if plan.source["kind"] == "store":
+        return spectra_of_store(TokenStore.open(plan.source["path"]))
     records = [record for unit in plan.units for record in unit.records]
     if not records or plan.size > MOST_SPECTRA_BYTES:
         return {}

@@ -6,8 +6,9 @@ its log spectral norm and its weighted alpha. Shape suffixes: R networks of one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +19,16 @@ from numpy.typing import NDArray
 from sane_ray.embedding import Embeddings
 from sane_ray.properties.spectral import NAMES, spectral_metrics
 from sane_ray.tokens.layers import LayerTable
-from sane_ray.zoo.checkpoint import Checkpoint
+from sane_ray.tokens.store import TokenStore
+from sane_ray.zoo.checkpoint import Checkpoint, LoadedCheckpoint
 
 Array = NDArray[np.float64]
 
 LARGEST_MATRIX = 4096 * 4096
 """Singular values of larger matrices take minutes, and are left out."""
+
+MOST_STORED, MOST_STORED_WEIGHTS = 48, 500_000_000
+"""Networks of a store, and weights of them in all, whose singular values are computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +94,33 @@ def spectra_of(checkpoint: Checkpoint, table: LayerTable) -> dict[str, Array]:
         for name, value in zip(NAMES, spectral_metrics(matrix_CF[None])[0], strict=True):
             found[name][place] = value
     return found
+
+
+def spectra_of_store(store: TokenStore, most: int = MOST_STORED) -> dict[str, dict[str, Array]]:
+    """``spectra_of`` some networks of a store, by id: last checkpoints of models, evenly chosen.
+
+    Args:
+        store: Where the weights are.
+        most: Networks at most; fewer where they are large.
+    """
+    models, epochs = store.models["model"].to_pylist(), store.models["epoch"].to_pylist()
+    rows, largest = last_rows(models, epochs), max(store.models["parameters"].to_pylist(), default=1)
+    count = min(len(rows), most, max(1, int(MOST_STORED_WEIGHTS / largest)))
+    chosen = [rows[int(place)] for place in np.linspace(0, len(rows) - 1, count)] if rows else []
+    found = {}
+    for row in chosen:
+        checkpoint = LoadedCheckpoint(store.path, store.state_dict(row))
+        found[store.models["id"][row].as_py()] = spectra_of(checkpoint, store.architecture_of(row).table)
+    return found
+
+
+def last_rows(models: Sequence[Any], epochs: Sequence[int | None]) -> list[int]:
+    """The row of each model's last checkpoint."""
+    last: dict[Any, int] = {}
+    for row, (model, epoch) in enumerate(zip(models, epochs, strict=True)):
+        if model not in last or (epoch or 0) >= (epochs[last[model]] or 0):
+            last[model] = row
+    return list(last.values())
 
 
 def along_depth(profiles: Profiles, first: str, second: str) -> Array:

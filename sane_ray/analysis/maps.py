@@ -61,7 +61,9 @@ def principal_map(places_RF: Array) -> Map:
     return Map(points, (shares[0], shares[1]))
 
 
-def nearest(places_RF: Array, row: int, count: int = 5, models: Sequence[Any] | None = None) -> list[Neighbour]:
+def nearest(
+    places_RF: Array, row: int, count: int = 5, models: Sequence[Any] | None = None, unit: float | None = None
+) -> list[Neighbour]:
     """The networks nearest to one, the nearest first.
 
     Args:
@@ -69,13 +71,14 @@ def nearest(places_RF: Array, row: int, count: int = 5, models: Sequence[Any] | 
         row: Whose neighbours.
         count: How many at most.
         models: Whose checkpoint each row is; other checkpoints of the row's own model are then left out.
+        unit: Of the distances; ``typical_distance`` where none is given.
     """
     distance_R = np.linalg.norm(places_RF - places_RF[row], axis=1)
     allowed_R = np.arange(len(places_RF)) != row
     if models is not None:
         allowed_R &= np.asarray(models) != models[row]
     order = [int(other) for other in np.argsort(distance_R, kind="stable") if allowed_R[other]][:count]
-    unit = typical_distance(places_RF)
+    unit = typical_distance(places_RF) if unit is None else unit
     return [Neighbour(other, float(distance_R[other] / unit)) for other in order]
 
 

@@ -5,6 +5,7 @@ Reads the folders that those jobs write; never starts Ray. What cannot be drawn 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sane_ray.analysis.attribution import Importance
-from sane_ray.analysis.depth import profiles
+from sane_ray.analysis.depth import Profiles, profiles
 from sane_ray.analysis.maps import places, principal_map
+from sane_ray.analysis.tables import write_tables
 from sane_ray.embedding import Embeddings
 from sane_ray.report.reading import (
     depth_figure,
+    family_figure,
     importances_figure,
     map_figure,
     network_figure,
@@ -33,6 +36,9 @@ Spectra = Mapping[str, Mapping[str, NDArray[np.float64]]]
 MOST_MAPPED = 20_000
 """A map of more networks is of a sample."""
 
+MOST_ARCHITECTURES = 8
+"""Of a family, the commonest ones."""
+
 PROPERTIES = ("test_acc", "epoch", "ggap")
 METRICS = {
     "r2": "R² on test networks",
@@ -42,7 +48,9 @@ METRICS = {
 
 
 def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | None = None) -> list[Path]:
-    """Draws a network at a glance, or a zoo as a map, and the layers along depth of its commonest architecture.
+    """Draws a network at a glance; or a zoo as a map, and its layers along depth. Writes what is drawn as tables too.
+
+    Depth is that of the commonest architecture, and where there are more, a family by relative depth.
 
     Args:
         embeddings: Complete.
@@ -52,38 +60,39 @@ def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | Non
     Returns:
         The files written; the first is the one to look at first.
     """
-    models, written = embeddings.models, []
+    models = embeddings.models
     if len(models) == 0:
         return []
-    architecture = models["architecture"].value_counts().to_pylist()
-    commonest = max(architecture, key=lambda entry: entry["counts"])["values"]
-    found = profiles(embeddings, commonest, spectra)
+    counts = Counter(models["architecture"].to_pylist())
+    found = {name: profiles(embeddings, name, spectra) for name, _ in counts.most_common(MOST_ARCHITECTURES)}
+    commonest, of_commonest = next(iter(found.items()))
     if len(models) == 1:
         _, mean_RKL = embeddings.layer_vectors("mean", commonest)
-        measures = {name: values[0] for name, values in found.measures.items()}
-        title = f"{shorten(found.ids[0], 70)}, {len(found.layers)} layers"
-        written += save(network_figure(found.layers, mean_RKL[0], measures, title), folder / "network.png")
-        return written
-    written += _draw_map(embeddings, folder)
-    title = f"{len(found.ids):,} networks of architecture {shorten(commonest, 50)}"
-    written += save(depth_figure(found.layers, found.measures, title), folder / "depth.png")
-    return written
+        measures = {name: values[0] for name, values in of_commonest.measures.items()}
+        title = f"{shorten(of_commonest.ids[0], 70)}, {len(of_commonest.layers)} layers"
+        written = save(network_figure(of_commonest.layers, mean_RKL[0], measures, title), folder / "network.png")
+        return written + write_tables(folder, models, found)
+    drawn = _draw_zoo(embeddings, folder, found)
+    title = f"{len(of_commonest.ids):,} networks of architecture {shorten(commonest, 50)}"
+    drawn += save(depth_figure(of_commonest.layers, of_commonest.measures, title), folder / "depth.png")
+    if len(found) > 1:
+        drawn += save(family_figure({name: one.measures for name, one in found.items()}), folder / "family.png")
+    return drawn
 
 
-def _draw_map(embeddings: Embeddings, folder: Path) -> list[Path]:
-    if len(embeddings.models) < 3:
-        return []
+def _draw_zoo(embeddings: Embeddings, folder: Path, found: Mapping[str, Profiles]) -> list[Path]:
+    """The map, if there are networks enough that differ; and the tables."""
     rows = np.arange(len(embeddings.models))
     if len(rows) > MOST_MAPPED:
         rows = np.sort(np.random.default_rng(0).choice(rows, MOST_MAPPED, replace=False))
     where = places(embeddings)[rows]
-    if where.shape[1] == 0:
-        return []
+    if len(rows) < 3 or where.shape[1] == 0:
+        return write_tables(folder, embeddings.models, found)
     shown, table = principal_map(where), embeddings.models.take(pa.array(rows))
     colours = {name: values for name in PROPERTIES if (values := column(table, name)) is not None}
     models = table["model"].to_pylist()
     figure = map_figure(shown.points_R2, colours or {"networks": [0.0] * len(rows)}, shown.explained, models)
-    return save(figure, folder / "map.png")
+    return save(figure, folder / "map.png") + write_tables(folder, table, found, shown, where, colours)
 
 
 def column(table: pa.Table, name: str) -> list[Any] | None:

@@ -15,6 +15,7 @@ CAPTIONS = {
     "map": "Networks by their embeddings: the plane of the two directions in which they differ most. Lines join the "
     "checkpoints of one model. Colours that change smoothly mean that embeddings know the property.",
     "depth": "Layers from front to back: what embeddings say of them (blue) and spectra of the weights (orange).",
+    "family": "Architectures along relative depth, the median network of each: what is common to all of them, and not.",
     "network": "The network layer by layer: its embeddings, and how well its weights are reconstructed.",
     "r2": "R² with 95 % intervals over test models: 1 is perfect, 0 is guessing the mean. Intervals that overlap "
     "widely do not tell two feature sets apart.",
@@ -26,6 +27,8 @@ CAPTIONS = {
 """What to look for in each picture, by its file's name."""
 
 LABELS = {"r2": "R²", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
+RANKS = ("r2", "tau")
+"""What a README tells."""
 
 
 def write_prediction_report(
@@ -41,14 +44,13 @@ def write_prediction_report(
     """
     rows = results["rows"]
     own = [row for row in rows if row["protocol"] == "split"]
-    zoos = ", ".join(
-        f"{zoo['name']} ({zoo['models']:,} models, {zoo['checkpoints']:,} checkpoints)" for zoo in results["zoos"]
-    )
+    zoos = ", ".join(_zoo(zoo) for zoo in results["zoos"])
     sections = [
         Section("Is SANE worth it?", [Items(results["verdict"])] if results["verdict"] else []),
         Section("How well properties are read", list(score_tables(own))),
         Section("Pictures", [Picture(path, CAPTIONS.get(path.stem, "")) for path in pictures if path.suffix == ".png"]),
         Section("Other protocols", list(other_tables(rows))),
+        Section("What validation chose", choices(own)),
         Section("Notes", [Items(results["notes"])] if results["notes"] else []),
         Section("How it was made", list(_made(results, command))),
     ]
@@ -70,14 +72,36 @@ def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
             name: (min if name == "mae" else max)(r[name] for r in fitted if r.get(name) is not None)
             for name in metrics
         }
-        lines = [
-            [row["features"], row["probe"], *(_cell(row, name, best[name]) for name in metrics), row.get("choice", "")]
-            for row in fitted
-        ]
+        lines = [[row["features"], row["probe"], *(_cell(row, name, best[name]) for name in metrics)] for row in fitted]
         counts = ", ".join(f"{fitted[0][f'n_{split}']:,} {split}" for split in ("train", "val", "test"))
         caption = f"{target} (checkpoints: {counts})"
-        tables.append(Table(["features", "probe", *(LABELS[name] for name in metrics), "chosen"], lines, caption))
+        tables.append(Table(["features", "probe", *(LABELS[name] for name in metrics)], lines, caption))
     return tables
+
+
+def choices(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """Penalties, weights of blocks and rounds of every fit, folded: few readers want them, and they are long."""
+    lines = [[row["target"], row["features"], row["probe"], row["choice"]] for row in rows if row.get("choice")]
+    table = Table(["property", "features", "probe", "chosen"], lines)
+    return [Folded(f"Penalties, weights and rounds of {len(lines)} fits", [table])] if lines else []
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """R², tau and their intervals of the zoo's own split as a table for a README; the best of a property is bold.
+
+    Args:
+        rows: Of results.json.
+    """
+    lines = ["| property | features | probe | R² | tau |", "|---|---|---|---|---|"]
+    own = [row for row in rows if row["protocol"] == "split" and row.get("r2") is not None]
+    for target in dict.fromkeys(row["target"] for row in own):
+        mine = [row for row in own if row["target"] == target]
+        best = {name: max((row[name] for row in mine if row.get(name) is not None), default=None) for name in RANKS}
+        for row in mine:
+            cells = (_cell(row, name, best[name]) for name in RANKS)
+            shown = (f"**{cell.value}**" if isinstance(cell, Bold) else cell for cell in cells)
+            lines.append(f"| {target} | {row['features']} | {row['probe']} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 def other_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
@@ -98,17 +122,24 @@ def _made(results: Mapping[str, Any], command: str) -> list[Block]:
     compute = results["compute"]
     said = f"{compute['seconds']:,.0f} seconds on {compute['cores']} cores for the fits"
     blocks: list[Block] = [Text(f"{said}.")]
+    for model in (model for model in compute.get("pretraining", ()) if model):
+        blocks.append(Text(f"Embeddings are by the model {model.get('path')}, {model.get('fingerprint', '')[:12]}."))
     blocks += [Code(command)] if command else []
     settings = results["settings"]["properties"]
     blocks.append(Folded("Settings", [Code("\n".join(f"{name}: {value}" for name, value in settings.items()))]))
     return blocks
 
 
+def _zoo(zoo: Mapping[str, Any]) -> str:
+    splits = ", ".join(f"{count:,} {split}" for split, count in zoo["models_by_split"].items())
+    return f"{zoo['name']} ({zoo['checkpoints']:,} checkpoints of {zoo['models']:,} models: {splits})"
+
+
 def _measured(row: Mapping[str, Any]) -> bool:
     return any(row.get(name) is not None for name in LABELS)
 
 
-def _cell(row: Mapping[str, Any], metric: str, best: float) -> Any:
+def _cell(row: Mapping[str, Any], metric: str, best: float | None) -> Any:
     value, low, high = row.get(metric), row.get(f"{metric}_low"), row.get(f"{metric}_high")
     if value is None:
         return "–"

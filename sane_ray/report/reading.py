@@ -22,6 +22,7 @@ from sane_ray.report.style import (
     SCATTER_LIMIT,
     SEQUENTIAL,
     label_axes,
+    log_scale,
     new_figure,
     short_names,
     shorten,
@@ -87,6 +88,39 @@ def depth_figure(layers: Sequence[str], measures: Mapping[str, Array], title: st
         _log_if_wide(axes, name, shown[name])
         label_axes(axes, MEASURES[name], ylabel="")
     _name_layers(panels[-1, 0], layers)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    return figure
+
+
+def family_figure(measures_of: Mapping[str, Mapping[str, Array]]) -> Figure:
+    """Architectures of different depth side by side: one panel a measure, a line an architecture (its median network).
+
+    Args:
+        measures_of: By architecture (as many as there are colours, 8), measures by a name in ``MEASURES``, [R, K].
+    """
+    medians = {
+        key: {
+            name: _quantile(of[key], 50) for name, of in measures_of.items() if np.isfinite(of.get(key, np.nan)).any()
+        }
+        for key in MEASURES
+    }
+    shown = [key for key, lines in medians.items() if lines]
+    figure, panels = new_figure(max(1, len(shown)), 1, (8.5, 1.8 + 1.7 * len(shown)), sharex=True, squeeze=False)
+    colours = dict(zip(measures_of, CYCLE, strict=False))
+    for axes, key in zip(panels[:, 0], shown, strict=False):
+        for name, median in medians[key].items():
+            depth = np.linspace(0, 1, len(median)) if len(median) > 1 else np.array([0.5])
+            known = np.isfinite(median)
+            axes.plot(depth[known], median[known], color=colours[name], linewidth=1.6, marker="o", markersize=3)
+        _log_if_wide(axes, key, np.concatenate(list(medians[key].values()))[None])
+        label_axes(axes, MEASURES[key], ylabel="")
+    panels[-1, 0].set_xlabel("relative depth: 0 is the first layer, 1 the last", color=INK)
+    handles = [
+        panels[0, 0].plot([], [], "-o", color=colour, markersize=3, label=shorten(name, 40))[0]
+        for name, colour in colours.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    title = f"{len(colours)} architectures along depth"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
 
@@ -261,8 +295,7 @@ def _log_if_wide(axes: Axes, measure: str, values_RK: Array) -> None:
     drawn = np.stack([_quantile(values_RK, percent) for percent in (25, 75)]) if many else values_RK
     known = drawn[np.isfinite(drawn)]
     if measure in POSITIVE and known.min() > 0 and known.max() > 20 * known.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
+        log_scale(axes)
 
 
 def _quantile(values_RK: Array, percent: float) -> Array:

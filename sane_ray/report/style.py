@@ -76,6 +76,17 @@ def clean(axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_color("#b0b0b0")
 
 
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis, labelled in plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
 def shorten(text: str, length: int = 28) -> str:
     """Text of at most `length` characters; what is cut out of its middle becomes one ``…``."""
     if len(text) <= length:

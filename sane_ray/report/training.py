@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sane_ray.report.style import BLUE, GREEN, GREY, INK, ORANGE, SCATTER_LIMIT, clean, label_axes, new_figure, save
+from sane_ray.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    SCATTER_LIMIT,
+    clean,
+    label_axes,
+    log_scale,
+    new_figure,
+    save,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,15 +219,10 @@ def _markers(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, lab
 
 def _log_if_wide(axes: Axes, history: Sequence[Point]) -> None:
     """A logarithmic axis, labelled in plain numbers, if the losses span more than a factor of 30."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     values = np.concatenate([_series(history, f"train/{field}")[1] for field, _, _ in LOSSES])
     positive = values[np.isfinite(values) & (values > 0)]
     if len(positive) and positive.max() > 30 * positive.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
+        log_scale(axes)
 
 
 def _unit_floor(axes: Axes) -> None:

@@ -1,0 +1,93 @@
+"""Measures of layers are what they are called, and go with each other as they should."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sane_ray.analysis.depth import Profiles, along_depth, last_rows, profiles, spectra_of, spectra_of_store
+from sane_ray.analysis.tables import correlations, depth_table
+from sane_ray.config import TokensConfig
+from sane_ray.tokens.store.writing import write_store
+from sane_ray.tokens.tokenizer import build_layer_table
+from sane_ray.zoo.catalog import discover
+from sane_ray.zoo.checkpoint import LoadedCheckpoint
+
+
+def test_profiles_are_read_off_the_layers(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e", models=2, epochs=2)
+    found = profiles(embeddings, "net5")
+    assert found.ids == ["m0/0", "m0/1", "m1/0", "m1/1"]
+    assert found.layers == [f"net.{layer}.weight" for layer in range(5)]
+    assert np.array_equal(found.measures["spread"], [[1, np.nan, 3, 4, 5]] * 4, equal_nan=True)  # of one token: none
+    _, mean_RKL = embeddings.layer_vectors("mean", "net5")
+    assert np.allclose(found.measures["norm"], np.sqrt((mean_RKL**2).sum(axis=2)))
+    assert np.allclose(found.measures["error"], [[0.1, 0.2, 0.3, 0.4, 0.5]] * 4)
+    assert set(found.measures) == {"spread", "norm", "error"}
+
+
+def test_spectra_of_some_networks_stand_beside(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e", models=2, epochs=1)
+    found = profiles(embeddings, "net5", {"m1/0": {"log_spectral_norm": np.arange(5.0)}})
+    assert np.isnan(found.measures["log_spectral_norm"][0]).all()
+    assert found.measures["log_spectral_norm"][1].tolist() == [0, 1, 2, 3, 4]
+    assert np.isnan(found.measures["alpha"]).all()
+
+
+def test_spectra_are_those_of_the_weights_as_they_are():
+    weights = {
+        "a.weight": torch.diag(torch.tensor([3.0, 1.0])),
+        "b.weight": torch.ones(1, 4),
+        "c.weight": torch.zeros(3, 3),
+    }
+    found = spectra_of(LoadedCheckpoint("x", weights), build_layer_table(weights, token_size=4))
+    assert found["log_spectral_norm"][0] == pytest.approx(np.log10(9))
+    assert found["stable_rank"][0] == pytest.approx(10 / 9)
+    assert np.isnan(found["log_spectral_norm"][1:]).all()  # a row, and zeros
+
+
+def test_correlation_along_depth_is_spearmans_where_layers_are_enough():
+    rising, falling = np.arange(6.0), -(np.arange(6.0) ** 3)
+    holes = np.array([0, np.nan, np.nan, np.nan, 4, 5])
+    found = Profiles(["a", "b", "c"], list("uvwxyz"), {"spread": np.stack([rising, rising, holes])})
+    found.measures["stable_rank"] = np.stack([rising, falling, rising])
+    assert np.allclose(along_depth(found, "spread", "stable_rank"), [1, -1, np.nan], equal_nan=True)
+    (row,) = correlations(found)
+    assert (row["first"], row["second"], row["networks"]) == ("spread", "stable_rank", 2)
+    assert [row["spearman_q25"], row["spearman"], row["spearman_q75"]] == pytest.approx([-0.5, 0, 0.5])
+
+
+def test_the_depth_table_has_a_row_a_network_and_layer(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e", models=3, epochs=1, families=2)
+    table = depth_table({name: profiles(embeddings, name) for name in ("net5", "net7")})
+    assert len(table) == 2 * 5 + 7
+    rows = table.to_pylist()
+    assert rows[2] == {"id": "m0/0", "architecture": "net5", "layer": 2, "name": "net.2.weight"} | {
+        key: rows[2][key] for key in ("spread", "norm", "error")
+    }
+    assert rows[2]["spread"] == 3 and rows[10]["id"] == "m1/0"
+
+
+def test_the_last_checkpoint_of_a_model_is_that_of_its_largest_epoch():
+    assert last_rows(["a", "b", "a", "c", "a"], [3, None, 9, 1, 4]) == [2, 1, 3]
+
+
+def test_spectra_of_a_store_are_of_some_last_checkpoints(tmp_path):
+    zoo = tmp_path / "zoo"
+    for model in range(5):
+        for epoch in range(2):
+            folder = zoo / f"NN_tune_trainable_{model}" / f"checkpoint_{epoch}"
+            folder.mkdir(parents=True)
+            weights = {"a.weight": (10.0 ** (model + epoch)) * torch.eye(3), "b.weight": torch.ones(4, 3)}
+            torch.save(weights, folder / "checkpoints")
+        lines = [json.dumps({"training_iteration": epoch}) for epoch in range(2)]
+        (folder.parent / "result.json").write_text("\n".join(lines) + "\n")
+        (folder.parent / "params.json").write_text("{}")
+    store = write_store(discover(zoo), tmp_path / "store", TokensConfig(dtype="float32"), source=zoo)
+    found = spectra_of_store(store, most=3)
+    last = {row["id"]: row["model"] for row in store.models.to_pylist() if row["epoch"] == 1}
+    assert len(found) == 3 and set(found) <= set(last)
+    for one, metrics in found.items():
+        assert metrics["log_spectral_norm"][0] == pytest.approx(2 * (int(last[one][-1]) + 1), abs=1e-3)
+    assert len(spectra_of_store(store)) == 5

@@ -1,0 +1,135 @@
+"""What jobs call at their end: pictures, tables and the report of a folder of embeddings or results."""
+
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sane_ray.analysis.attribution import Importance
+from sane_ray.analysis.pictures import best_predictions, best_row, draw_embeddings, draw_predictions
+from sane_ray.analysis.reports import markdown_table, write_prediction_report
+from sane_ray.properties.prediction import PREDICTION_SCHEMA, ROW_SCHEMA
+
+
+def names(files):
+    assert all(file.is_file() and file.stat().st_size > 0 for file in files)
+    return {file.name for file in files}
+
+
+def both(*pictures):
+    return {f"{name}.{ending}" for name in pictures for ending in ("png", "svg")}
+
+
+def row(features="sane", probe="ridge", target="test_acc", r2=0.5, protocol="split", part="", **more):
+    scores = {"r2": r2, "r2_low": r2 - 0.1, "r2_high": r2 + 0.1, "tau": r2 - 0.2} if r2 is not None else {}
+    counts = {"n_train": 1200, "n_val": 2, "n_test": 3, "choice": "penalty 1"}
+    known = {"target": target, "features": features, "probe": probe, "protocol": protocol, "part": part}
+    return dict.fromkeys(ROW_SCHEMA.names) | known | scores | counts | more
+
+
+ROWS = [
+    row("statistics", r2=0.6, validation=0.7),
+    row("sane+statistics", r2=0.8, validation=0.6),
+    row("sane+statistics", "boosting", r2=0.75, validation=0.9),
+    row("weights", r2=None, choice="", note="<too many> weights"),
+    row(target="epoch", r2=-9.0),
+    row("sane", protocol="leave-one-epoch", part="epoch 3", r2=0.3),
+]
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder as jobs/predict.py writes it."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    predictions = [
+        {"id": f"m{place}/0", "model": f"m{place}", "epoch": 0, "split": split, "truth": 0.1 * place}
+        | {"prediction": place + fit["r2"], **{key: fit[key] for key in ("target", "features", "probe", "protocol")}}
+        for fit in ROWS
+        if fit["r2"] is not None
+        for place, split in enumerate(("val", "test", "test", "test"))
+    ]
+    pq.write_table(pa.Table.from_pylist(ROWS, ROW_SCHEMA), folder / "results.parquet")
+    pq.write_table(pa.Table.from_pylist(predictions, PREDICTION_SCHEMA), folder / "predictions.parquet")
+    zoo = {"name": "<digits>", "checkpoints": 2400, "models": 400, "models_by_split": {"train": 300, "test": 100}}
+    content = {"rows": [{k: v for k, v in one.items() if v is not None} for one in ROWS], "zoos": [zoo]}
+    content |= {"verdict": ["SANE & s(W) are <good>"], "notes": ["<too many> weights"]}
+    content |= {"settings": {"properties": {"seed": 1}}, "compute": {"seconds": 12.0, "cores": 2}}
+    (folder / "results.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_zoo_becomes_a_map_depth_and_tables(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e")
+    found = draw_embeddings(embeddings, tmp_path / "plots", {"m0/2": {}})
+    assert names(found) == both("map", "depth") | {
+        "map.parquet",
+        "depth.parquet",
+        "neighbours.parquet",
+        "analysis.json",
+    }
+    assert found[0].name == "map.png"
+    assert len(pq.read_table(tmp_path / "plots" / "map.parquet")) == 18
+    assert len(pq.read_table(tmp_path / "plots" / "depth.parquet")) == 18 * 5
+    summary = json.loads((tmp_path / "plots" / "analysis.json").read_text())
+    assert summary["networks"] == 18 and sum(summary["map"]["explained"]) <= 1.000001
+    assert set(summary["neighbours"]) == {"test_acc", "epoch", "ggap"}
+
+
+def test_a_family_is_drawn_by_relative_depth_too(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e", families=3)
+    assert both("family", "map", "depth") <= names(draw_embeddings(embeddings, tmp_path / "plots"))
+    summary = json.loads((tmp_path / "plots" / "analysis.json").read_text())
+    assert {name: of["layers"] for name, of in summary["depth"].items()} == {"net5": 5, "net7": 7, "net9": 9}
+
+
+def test_one_network_becomes_a_card(write_embeddings, tmp_path):
+    spectra = {"m0/0": {"log_spectral_norm": [0.1, 0.2, float("nan"), 0.4, 0.5]}}
+    embeddings = write_embeddings(tmp_path / "e", models=1, epochs=1)
+    found = draw_embeddings(embeddings, tmp_path / "plots", spectra)
+    assert names(found) == both("network") | {"depth.parquet", "analysis.json"}
+
+
+def test_what_is_too_little_for_a_map_is_drawn_all_the_same(write_embeddings, tmp_path):
+    few = draw_embeddings(write_embeddings(tmp_path / "two", models=2, epochs=1, properties=False), tmp_path / "p")
+    assert names(few) == both("depth") | {"depth.parquet", "analysis.json"}
+    without = draw_embeddings(write_embeddings(tmp_path / "none", epochs=1, properties=False), tmp_path / "q")
+    assert both("map") <= names(without)
+
+
+def test_predictions_become_scores_scatter_and_layers(results, tmp_path):
+    layers = {"test_acc": [Importance("a.weight", 0.3, 0.1)]}
+    found = draw_predictions(results, tmp_path / "plots", layers)
+    assert names(found) == both("r2", "tau", "predictions", "layers")
+    assert names(draw_predictions(results, tmp_path / "others")) == both("r2", "tau", "predictions")
+
+
+def test_the_fit_that_is_shown_is_chosen_on_validation_models(results):
+    assert best_row(ROWS, "test_acc")["probe"] == "boosting"  # not the best of the test rows
+    assert best_row(ROWS, "seed") is None
+    panels = best_predictions(ROWS[:5], pq.read_table(results / "predictions.parquet"))
+    truth, prediction = panels["test_acc: sane+statistics, boosting"]
+    assert truth.tolist() == pytest.approx([0.1, 0.2, 0.3]) and prediction.tolist() == [1.75, 2.75, 3.75]
+
+
+def test_the_report_says_all_and_escapes_it(results, tmp_path):
+    pictures = draw_predictions(results, tmp_path / "plots")
+    content = json.loads((results / "results.json").read_text())
+    page = write_prediction_report(content, pictures, tmp_path / "report.html", "python jobs/predict.py --store 'A B'")
+    text = page.read_text()
+    assert text.count("<img ") == 3 and "data:image/svg+xml" in text
+    assert "SANE &amp; s(W) are &lt;good&gt;" in text and "&lt;digits&gt;" in text and "<digits>" not in text
+    assert "<strong>0.800 [0.700, 0.900]</strong>" in text and text.count("<strong>0.") == 2  # best R² and tau
+    assert "test_acc (checkpoints: 1,200 train, 2 val, 3 test)" in text
+    assert "leave-one-epoch, test_acc, ridge: R²" in text and "epoch 3" in text
+    assert "--store &#x27;A B&#x27;" in text and "penalty 1" in text
+    assert not re.search(r"https?://|<script|<link", text)
+
+
+def test_the_table_for_a_readme_has_the_best_in_bold():
+    lines = markdown_table(ROWS).splitlines()
+    assert lines[0] == "| property | features | probe | R² | tau |" and len(lines) == 6
+    assert lines[3] == "| test_acc | sane+statistics | ridge | **0.800 [0.700, 0.900]** | **0.600** |"
+    assert lines[2] == "| test_acc | statistics | ridge | 0.600 [0.500, 0.700] | 0.400 |"
