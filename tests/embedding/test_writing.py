@@ -50,11 +50,11 @@ def test_the_tables_hold_what_the_contract_says(whole, model, known_store):
     trained = SANE.from_pretrained(model)
     (architecture,) = store.architectures.values()
     names = ["id", "model", "epoch", "split", "architecture", "trained_on", "parameters", "tokens"]
-    assert whole.models.column_names == [*names, "reconstruction_mse", "explained_variance", *VECTORS]
+    assert whole.models.column_names == [*names, "reconstruction_mse", "explained_variance", *VECTORS, "shape"]
     assert whole.models["id"].equals(store.models["id"]) and whole.models["split"].equals(store.models["split"])
     assert whole.models.schema.field("q01").type == pa.list_(pa.float32(), 6)
     assert whole.layers.column_names == [
-        "id", "layer", "name", "kind", "tokens", "reconstruction_mse", "explained_variance", *VECTORS,
+        "id", "layer", "name", "kind", "tokens", "reconstruction_mse", "explained_variance", *VECTORS, "shape",
     ]  # fmt: skip
     assert whole.layers["layer"].to_pylist()[:5] == [0, 1, 2, 3, 4] and len(whole.layers) == 12 * 5
     ids, layers = whole.layer_vectors("mean", architecture.name)
