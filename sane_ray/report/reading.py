@@ -260,7 +260,7 @@ def _colour(measure: str) -> str:
 
 
 def _strip(figure: Figure, axes: Axes, mean_KL: Array) -> None:
-    """Embeddings as columns of colour, white at zero; one in twenty is as dark as can be, lest a layer hide the others."""
+    """Embeddings as columns of colour, white at zero; one in twenty is as dark as can be, lest a layer hide others."""
     size = np.abs(mean_KL[np.isfinite(mean_KL)])
     limit = float(np.percentile(size, 95)) if size.size else 1.0
     order = np.argsort(np.nan_to_num(mean_KL).mean(axis=0), kind="stable")
