@@ -45,10 +45,11 @@ def read_table(path: str | Path) -> pa.Table:
         else:
             options = pacsv.ConvertOptions(column_types=_TEXT, null_values=_NULLS, strings_can_be_null=True)
             table = pacsv.read_csv(path, convert_options=options)
+        names = table.column_names  # perhaps no UTF-8 either
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise InputError(f"{path}: not a readable CSV or Parquet file ({reason}); repair or export it again") from error
-    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise InputError(f"{path}: has {len(twice)} columns twice ({', '.join(twice[:5])}); rename them")
     return table

@@ -130,3 +130,9 @@ def test_text_of_a_parquet_file_that_is_no_utf8(tmp_path: Path):
     pq.write_table(pa.table({"path": text}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match=r"t\.parquet: not a readable CSV or Parquet file"):
         read_table(tmp_path / "t.parquet")
+
+
+def test_names_of_columns_that_are_no_text_are_told(tmp_path: Path):
+    (tmp_path / "known.csv").write_bytes(b"id,\x8bacc\na,1\n")
+    with pytest.raises(InputError, match=r"known\.csv: not a readable CSV or Parquet file"):
+        read_table(tmp_path / "known.csv")
