@@ -62,7 +62,10 @@ def main(job: PredictJob, dry_run: bool) -> None:
         return
     if known:
         print(f"nothing to do: {output} holds the results of these checkpoints and this config")
-        print(ending(read_results(output), output, storage))
+        results = read_results(output)
+        if not (output / REPORT_FILE).exists():
+            report(results, zoos, job, output)
+        print(ending(results, output, storage))
         return
     with tracked(name, digest, settings, output, storage) as tracker:
         results = predict(zoos, job.properties, output)

@@ -1,6 +1,6 @@
 """Draws what was embedded and what was predicted; called at the end of jobs/embed.py and jobs/predict.py.
 
-Reads the folders that those jobs write; never starts Ray. What cannot be drawn is left out, and never ends a job.
+Reads the folders that those jobs write; never starts Ray. What there is too little of to be drawn is left out.
 """
 
 from __future__ import annotations

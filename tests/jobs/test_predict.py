@@ -47,8 +47,10 @@ def test_predicts_once_tracks_and_says_where(folder: Path, capsys, monkeypatch):
     assert "zoo digits: 60 checkpoints of 20 models" in first
     assert "test_acc, ridge: SANE with s(W) is " in first and "leave-one-epoch" in first
     assert f"results  {folder / 'properties' / 'one'}" in first.splitlines()[-1] and "next:" in first
+    (folder / "properties" / "one" / "report.html").unlink()  # as if the first had died while it drew
     job.main(wanted, False)
     assert capsys.readouterr().out.startswith("nothing to do: ")
+    assert (folder / "properties" / "one" / "report.html").exists()
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
