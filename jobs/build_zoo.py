@@ -8,6 +8,7 @@ from __future__ import annotations
 from sane_ray.cli import run_job
 from sane_ray.cluster import connect, default_storage, local_path
 from sane_ray.config import BuildZooJob
+from sane_ray.shell import command
 
 EXAMPLES = """\
 examples:
@@ -32,7 +33,7 @@ def main(config: BuildZooJob, dry_run: bool) -> None:
         return
     with connect(config.cluster):
         build_zoo(config.zoo, zoo)
-    print(f"{len(plan.models):,} models in {zoo}; next: python jobs/prepare.py --source {zoo}")
+    print(f"{len(plan.models):,} models in {zoo}; next: {command('python')} jobs/prepare.py --source {zoo}")
 
 
 if __name__ == "__main__":

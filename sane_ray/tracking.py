@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from sane_ray.errors import InputError
+from sane_ray.shell import command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,7 +72,7 @@ def default_uri(storage: Path) -> str:
 def ui_command(uri: str) -> str:
     """What a user types or opens to look at the runs: a command for a local database, the address of a server."""
     if uri.startswith("sqlite:"):
-        return f"mlflow ui --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1 --port 5000"
+        return f"{command('mlflow')} ui --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1 --port 5000"
     return _redacted(uri)
 
 

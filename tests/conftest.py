@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import pytest
 from sane_ray.cluster import local_ray, quieten
 
 PARITY = Path(__file__).parent / "data" / "parity"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def activated() -> None:
+    """As in an environment that was activated, also where its Python was called by path."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 @pytest.fixture(scope="session")

@@ -480,6 +480,15 @@ def _open(folder: Path, readers: list[StrictReader]) -> str | None:
     return None
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest complete checkpoint in a run's folder of checkpoints; 0 if none is there or in reach."""
+    try:
+        names = [entry.name for entry in folder.iterdir() if (entry / MANIFEST).exists()]
+        return max((_order(name)[0] for name in names if _NAME.fullmatch(name) and "damaged" not in name), default=0)
+    except OSError:
+        return 0
+
+
 def _order(name: str) -> tuple[int, int]:
     """(step, attempt) of a folder's name."""
     match = _NAME.fullmatch(name)

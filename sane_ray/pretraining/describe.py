@@ -6,6 +6,7 @@ from sane_ray.config import PretrainJob
 from sane_ray.pretraining.history import read_history
 from sane_ray.pretraining.run import BEST_FOLDER, Run
 from sane_ray.pretraining.scaling import Placement, gigabytes, scaling_table
+from sane_ray.shell import command
 from sane_ray.tracking import default_uri, ui_command
 
 
@@ -53,6 +54,6 @@ def ending(run: Run, already: bool) -> str:
     lines += [
         f"pictures {run.folder / 'plots'}",
         f"MLflow   {ui_command(default_uri(run.storage))}",
-        f"next     python jobs/predict.py --model {run.folder} --store {run.worker.store}",
+        f"next     {command('python')} jobs/predict.py --model {run.folder} --store {run.worker.store}",
     ]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,11 +25,12 @@ from sane_ray.config import PretrainJob
 from sane_ray.errors import InputError
 from sane_ray.interrupts import interruptible
 from sane_ray.preflight import Resources, preflight
+from sane_ray.pretraining.checkpoints import newest_step
 from sane_ray.pretraining.faults import StopOnBug, StopWaiting, reason_of, told
 from sane_ray.pretraining.history import last_point
 from sane_ray.pretraining.history_callback import HistoryCallback
 from sane_ray.pretraining.run import BEST_FOLDER, MODEL_FOLDER, Run, claim, is_complete, write_identity
-from sane_ray.pretraining.worker import train
+from sane_ray.pretraining.worker import CHECKPOINT_FOLDER, train
 from sane_ray.tracking import Tracker, default_uri
 from sane_ray.tracking_callback import TrackingCallback
 
@@ -162,14 +164,21 @@ def report_run(run: Run, tracker: Tracker) -> None:
         tracker.log_folder(run.folder / BEST_FOLDER, BEST_FOLDER)
 
 
+def _move_back(bar: tqdm, step: int) -> None:
+    """Lets a bar begin anew at an earlier step, so that its rate and the time left are those of from then on."""
+    bar.initial = bar.n = bar.last_print_n = step
+    bar.start_t = time.time()
+
+
 @contextmanager
 def _progress_bar(run: Run) -> Iterator[None]:
     """Shows steps, loss and time left, read from the history that the controller writes."""
     stop = threading.Event()
     pause = 1.0 if sys.stderr.isatty() else 15.0  # a log file should not fill with bars
-    known = last_point(run.history)
-    done = int(known["step"]) if known else 0
-    bar = tqdm(total=run.total_steps, initial=done, desc="starting workers", unit="step", mininterval=pause)
+    known, begin = last_point(run.history), newest_step(run.folder / CHECKPOINT_FOLDER)
+    if begin:
+        print(f"resuming: the newest checkpoint is of step {begin:,} of {run.total_steps:,}", flush=True)
+    bar = tqdm(total=run.total_steps, initial=begin, desc="starting workers", unit="step", mininterval=pause)
 
     def follow() -> None:
         while not stop.wait(1.0):
@@ -177,10 +186,14 @@ def _progress_bar(run: Run) -> Iterator[None]:
 
     def show() -> None:
         point = last_point(run.history)
-        if point and point != known:
-            bar.set_description("pretraining", refresh=False)
-            bar.set_postfix(loss=f"{point['train/loss']:.3f}", refresh=False)
-            bar.update(int(point["step"]) - bar.n)
+        if not point or point == known:
+            return
+        step = int(point["step"])
+        bar.set_description("pretraining", refresh=False)
+        bar.set_postfix(loss=f"{point['train/loss']:.3f}", refresh=False)
+        if step < bar.n:  # workers started again from an earlier step
+            _move_back(bar, step)
+        bar.update(step - bar.n)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from sane_ray.cluster import connect, default_storage, local_path
 from sane_ray.config import PrepareJob
 from sane_ray.errors import InputError
+from sane_ray.shell import command
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.inputs import Inputs, matching
 from sane_ray.tokens.store.summary import summarize
@@ -82,7 +83,7 @@ def next_command(catalog: Path) -> str:
     ]
     architectures = len({row["architecture"] for row in kept})
     needed = f" --tokens.max_architectures {architectures}" if architectures > 1 else ""
-    return f"python jobs/prepare.py --source {shlex.quote(str(catalog))}{needed}"
+    return f"{command('python')} jobs/prepare.py --source {shlex.quote(str(catalog))}{needed}"
 
 
 def check_catalog(catalog: Path, zoo: Zoo) -> None:
@@ -112,7 +113,8 @@ def report(store: TokenStore) -> str:
     counts = store.counts()
     done = (
         f"store {store.path}: {counts.checkpoints:,} checkpoints of {counts.models:,} models, {counts.tokens:,} tokens "
-        f"({store.num_bytes / 1e6:,.1f} MB); next: python jobs/pretrain.py --store {shlex.quote(str(store.path))}"
+        f"({store.num_bytes / 1e6:,.1f} MB); "
+        f"next: {command('python')} jobs/pretrain.py --store {shlex.quote(str(store.path))}"
     )
     return "\n".join([*left_out(store), *not_aligned(store), done])
 

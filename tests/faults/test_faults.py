@@ -89,6 +89,7 @@ def test_after_the_driver_was_killed_the_same_command_goes_on_even_from_a_damage
     damage(max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size))
     run.start().finish()
     assert f"{newest} is damaged" in run.told() and f"{before.name} is taken instead" in run.told()
+    assert f"resuming: the newest checkpoint is of step {int(newest.name.split('_')[1])} of" in run.told()
     assert_same(run, calm)
     assert (run.restarts(), run.computed(step=1)) == (1, 1)
 

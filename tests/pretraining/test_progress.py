@@ -1,16 +1,20 @@
 """The numbers of speed that a training logs, exact, by a clock of our own."""
 
+import io
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_training import B, W, make_batches, make_trainer
 
-from sane_ray.pretraining import progress
+from sane_ray.pretraining import launcher, progress
+from sane_ray.pretraining.checkpoints import MANIFEST
 from sane_ray.pretraining.progress import Progress
 from sane_ray.pretraining.step import METRICS
 
@@ -149,3 +153,45 @@ def test_steps_without_a_usable_gradient_are_marked_in_their_points(clock):
     assert [(point["step"], point["train/skipped"]) for point in points] == [(1, 0.0), (2, 1.0)]
     window_flops = trainer.model.flops_per_token(W)
     assert points[-1]["flops_per_s"] == points[-1]["tokens_per_s"] * window_flops > 0
+
+
+def test_the_bar_goes_back_with_workers_that_start_again(tmp_path, monkeypatch):
+    checkpoints = tmp_path / launcher.CHECKPOINT_FOLDER
+    for name, is_complete in (("step_000000040", True), ("step_000000060.damaged", True), ("step_000000080", False)):
+        (checkpoints / name).mkdir(parents=True)
+        if is_complete:
+            (checkpoints / name / MANIFEST).touch()
+    shown: list[tuple[str, int]] = []
+    point = {"step": 50, "train/loss": 1.0}
+    monkeypatch.setattr(launcher, "last_point", lambda path: point)
+    monkeypatch.setattr(launcher, "tqdm", lambda **kwargs: Bar(shown, **kwargs))
+    run = types.SimpleNamespace(folder=tmp_path, history=tmp_path / "history.jsonl", total_steps=100)
+    with launcher._progress_bar(run):
+        for step in (42, 47, 41, 43):
+            point = {"step": step, "train/loss": 1.0}
+            deadline = time.monotonic() + 20
+            while shown[-1] != ("pretraining", step) and time.monotonic() < deadline:
+                time.sleep(0.02)
+    assert shown == [("starting workers", 40), *(("pretraining", step) for step in (42, 47, 41, 43))]
+
+
+class Bar(tqdm):
+    """Notes what it shows."""
+
+    def __init__(self, shown, **kwargs):
+        self.shown = shown
+        super().__init__(**kwargs, file=io.StringIO())
+
+    def refresh(self, *args, **kwargs):
+        self.note()
+        return super().refresh(*args, **kwargs)
+
+    def update(self, n=1):
+        displayed = super().update(n)
+        self.note()
+        return displayed
+
+    def note(self):
+        seen = (self.desc.removesuffix(": "), self.n)
+        if seen[0] and self.shown[-1:] != [seen]:
+            self.shown.append(seen)
