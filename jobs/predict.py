@@ -1,30 +1,9 @@
-"""Predict properties of networks from weight statistics and SANE embeddings, and say how well that works."""
+"""Predicts properties of networks from weight statistics and SANE embeddings, and says how well that works."""
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
 from sane_ray.cli import run_job
-from sane_ray.cluster import default_storage, local_path
-from sane_ray.config import PREDICTIONS, EmbeddingConfig, PredictJob
-from sane_ray.embedding import Embeddings
-from sane_ray.embedding.writing import Plan, embed, is_complete, plan_store
-from sane_ray.errors import InputError
-from sane_ray.properties.features import EmbeddingTables, Zoo
-from sane_ray.properties.prediction import check_output, identity, predict, read_results
-from sane_ray.properties.table import describe, results_table
-from sane_ray.tokens.store import TokenStore
-from sane_ray.tracking import Tracker, default_uri, ui_command
-
-PICTURES, REPORT_FILE = "plots", "report.html"
-
-EXPERIMENT = "sane_ray properties"
-"""Name of the MLflow experiment."""
+from sane_ray.config import PREDICTIONS, PredictJob
 
 EXAMPLES = """examples:
   python jobs/predict.py --embeddings EMBEDDINGS
@@ -40,179 +19,11 @@ EXAMPLES = """examples:
 """
 
 
-def main(job: PredictJob, dry_run: bool) -> None:
+def main(config: PredictJob, dry_run: bool) -> None:
     """Predicts, unless the results are there; prints the table, the verdict, and where everything is."""
-    storage = default_storage(job.storage)
-    if job.model and job.embeddings:
-        raise InputError("--model embeds a store, and --embeddings are there already: name only one of them")
-    if job.model:
-        plan = embedding_plan(job, storage)
-        if dry_run and not is_complete(plan):
-            print(f"would embed {job.store} with {job.model} into {plan.output}, and then predict")
-            return
-        job = dataclasses.replace(job, embeddings=str(embed(plan).path))
-    zoos = open_zoos(job)
-    digest, settings = identity(zoos, job.properties)
-    name = job.run_name or f"{zoos[0].name}-{digest}"
-    output = local_path(job.output, "output") if job.output else storage / "properties" / name
-    known = check_output(output, digest)
-    if dry_run:
-        print(describe(zoos, job.properties, output))
-        print("dry run: nothing was started")
-        return
-    if known:
-        print(f"nothing to do: {output} holds the results of these checkpoints and this config")
-        results = read_results(output)
-        if not (output / REPORT_FILE).exists():
-            report(results, zoos, job, output)
-        print(ending(results, output, storage))
-        return
-    with tracked(name, digest, settings, output, storage) as tracker:
-        results = predict(zoos, job.properties, output)
-        report(results, zoos, job, output)
-        log(results, output, tracker)
-    print(ending(results, output, storage))
+    from sane_ray.properties.job import run  # torch and scikit-learn take seconds to import: not for --help
 
-
-def embedding_plan(job: PredictJob, storage: Path) -> Plan:
-    """What ``jobs/embed.py --model MODEL --store STORE`` would do, into its default folder.
-
-    Raises:
-        InputError: No store is named, or it and the model do not fit.
-    """
-    if not job.store:
-        raise InputError("config field store is '': name the token store that --model embeds (--store)")
-    named, store = local_path(job.model, "model"), TokenStore.open(local_path(job.store, "store"))
-    is_run = (named / "model").is_dir() and not (named / "config.json").exists()
-    model = named / "model" if is_run else named
-    name = model.parent.name if model.name == "model" else model.name
-    return plan_store(model, store, storage / "embeddings" / f"{store.path.name}-{name}", EmbeddingConfig())
-
-
-def open_zoos(job: PredictJob) -> list[Zoo]:
-    """The zoo, and the other one where there is one.
-
-    Raises:
-        InputError: Neither embeddings nor a store are named, or what is named does not fit together.
-    """
-    if not job.embeddings and not job.store:
-        raise InputError("nothing to predict from: name --embeddings EMBEDDINGS, --store STORE, or both")
-    zoos = [open_zoo(job.embeddings, job.store, "")]
-    if job.other_embeddings or job.other_store:
-        zoos.append(open_zoo(job.other_embeddings, job.other_store, "other_"))
-        check_other(zoos)
-    return zoos
-
-
-def open_zoo(embeddings: str, store: str, prefix: str) -> Zoo:
-    """A zoo by the values of its two flags; a store that only the embeddings name may be gone."""
-    embedded = open_embeddings(embeddings, f"{prefix}embeddings") if embeddings else None
-    if store:
-        opened: TokenStore | None = TokenStore.open(local_path(store, f"{prefix}store"))
-    else:
-        opened = named_store(embedded)
-    if embedded is not None and opened is not None:
-        source = embedded.index.get("source", {})
-        if source.get("kind") == "store" and source.get("fingerprint") not in (None, opened.fingerprint):
-            raise InputError(
-                f"--{prefix}embeddings {embeddings} are of the store {source.get('path')} as it was with fingerprint "
-                f"{source['fingerprint']}, but {opened.path} has {opened.fingerprint}: embed this one, or name that one"
-            )
-    where = opened.path if opened is not None else local_path(embeddings, f"{prefix}embeddings")
-    return Zoo(where.name, opened, embedded)
-
-
-def open_embeddings(folder: str, field: str) -> Embeddings:
-    """What ``jobs/embed.py`` wrote."""
-    return Embeddings.open(local_path(folder, field))
-
-
-def named_store(embeddings: EmbeddingTables | None) -> TokenStore | None:
-    """The store that embeddings were made from, if it is still there."""
-    source: dict[str, Any] = {} if embeddings is None else embeddings.index.get("source", {})
-    if source.get("kind") != "store" or not Path(source["path"]).exists():
-        return None
-    return TokenStore.open(source["path"])
-
-
-def check_other(zoos: list[Zoo]) -> None:
-    """Raises ``InputError`` where the embeddings of the two zoos are not of one model, so not comparable."""
-    models = [zoo.embeddings.index.get("model", {}) for zoo in zoos if zoo.embeddings is not None]
-    if len(models) == 2 and models[0].get("fingerprint") != models[1].get("fingerprint"):
-        raise InputError(
-            f"--embeddings are by the model {models[0].get('path')} and --other-embeddings by {models[1].get('path')}: "
-            "embed both zoos with one model"
-        )
-    if zoos[0].name == zoos[1].name:
-        zoos[1] = Zoo(f"{zoos[1].name} (other)", zoos[1].store, zoos[1].embeddings)
-
-
-@contextmanager
-def tracked(name: str, digest: str, settings: dict[str, Any], output: Path, storage: Path) -> Iterator[Tracker]:
-    """The run's MLflow run, ended as what really happened."""
-    tracker = Tracker.start(
-        uri=default_uri(storage),
-        experiment=EXPERIMENT,
-        run_name=name,
-        identity=f"{name}-{digest}",
-        params=settings,
-        folder=storage / "properties" / f".{name}.mlflow",
-    )
-    try:
-        yield tracker
-    except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    tracker.finish("FINISHED")
-
-
-def report(results: dict[str, Any], zoos: list[Zoo], job: PredictJob, output: Path) -> None:
-    """Draws the pictures and writes the report beside the results."""
-    from sane_ray.analysis.attribution import layers_behind  # scipy and matplotlib take seconds to import
-    from sane_ray.analysis.depth import spectra_of_store
-    from sane_ray.analysis.pictures import draw_embeddings, draw_predictions
-    from sane_ray.analysis.reports import write_prediction_report
-
-    zoo, wanted = zoos[0], job.properties
-    features = next((name for name in ("sane+statistics", *wanted.features) if name in wanted.features), "")
-    layers = layers_behind(zoo, wanted.targets, features, last_epoch_only=wanted.epochs == "last", seed=wanted.seed)
-    pictures = draw_predictions(output, output / PICTURES, layers)
-    if isinstance(zoo.embeddings, Embeddings):
-        spectra = spectra_of_store(zoo.store) if zoo.store is not None else None
-        pictures += draw_embeddings(zoo.embeddings, output / PICTURES, spectra)
-    flags = {"embeddings": job.embeddings, "store": job.store, "other_embeddings": job.other_embeddings}
-    command = shlex.join(["python", "jobs/predict.py", *(p for k, v in flags.items() if v for p in (f"--{k}", v))])
-    write_prediction_report(results, pictures, output / REPORT_FILE, command)
-
-
-def log(results: dict[str, Any], output: Path, tracker: Tracker) -> None:
-    """Hands the metrics of the zoo's own split and the result files to MLflow."""
-    point: dict[str, object] = {"step": 0}
-    for row in results["rows"]:
-        if row["protocol"] == "split":
-            for metric in ("r2", "tau", "mae", "accuracy"):
-                if metric in row:
-                    point[f"{metric}/{row['target']}/{row['features']}/{row['probe']}"] = row[metric]
-    tracker.log([point])
-    for file in sorted(output.iterdir()):
-        if file.is_file():
-            tracker.log_artifact(file)
-    tracker.log_folder(output / PICTURES)
-
-
-def ending(results: dict[str, Any], output: Path, storage: Path) -> str:
-    """The table, the verdict, where the results are and what to do next."""
-    seconds, mlflow = results["compute"]["seconds"], ui_command(default_uri(storage))
-    return "\n".join(
-        [
-            *results_table(results),
-            "",
-            *results["verdict"],
-            f"took     {seconds:,.0f} s; MLflow: {mlflow}",
-            f"results  {output} (results.json, results.parquet, predictions.parquet, {PICTURES}); "
-            f"next: open {output / REPORT_FILE}",
-        ]
-    )
+    run(config, dry_run)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ Record = dict[str, Any]
 """One line of a spool: a point (step, time, metrics), a status, or an artifact."""
 
 
+UNSENT_FOLDER = ".mlflow-unsent"
+"""Under the storage root: what jobs without a run's folder of their own could not send yet."""
+
+
 def default_uri(storage: Path) -> str:
     """``MLFLOW_TRACKING_URI`` if set, else an SQLite database in `storage`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute().as_posix()}/mlflow.db"
@@ -310,6 +314,22 @@ class Tracker:
                 self._run_id, last_step = _find_or_create(client, self._run)
             self._last_step = max(self._last_step, last_step)
         return self._run_id
+
+
+@contextmanager
+def tracked(
+    *, uri: str, experiment: str, run_name: str, identity: str, params: Mapping[str, object], folder: Path
+) -> Iterator[Tracker]:
+    """An MLflow run for the block's duration, ended as what really happened: ``Tracker.start`` has the arguments."""
+    tracker = Tracker.start(
+        uri=uri, experiment=experiment, run_name=run_name, identity=identity, params=params, folder=folder
+    )
+    try:
+        yield tracker
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.finish("FINISHED")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from sane_ray.pretraining.history import last_point
 from sane_ray.pretraining.history_callback import HistoryCallback
 from sane_ray.pretraining.run import BEST_FOLDER, MODEL_FOLDER, Run, claim, is_complete, write_identity
 from sane_ray.pretraining.worker import CHECKPOINT_FOLDER, train
-from sane_ray.tracking import Tracker, default_uri
+from sane_ray.tracking import Tracker, default_uri, tracked
 from sane_ray.tracking_callback import TrackingCallback
 
 EXPERIMENT = "sane_ray pretraining"
@@ -63,7 +63,14 @@ def pretrain(run: Run, job: PretrainJob) -> Path:
         return run.output
     resources = preflight(job.cluster, run.memory, storage=run.storage)
     claim(run)
-    with _tracked(run) as tracker:
+    with tracked(
+        uri=default_uri(run.storage),
+        experiment=EXPERIMENT,
+        run_name=run.name,
+        identity=f"{run.name}-{run.identity}",
+        params=run.settings,
+        folder=run.folder,
+    ) as tracker:
         _fit(run, job, resources, tracker)
         report_run(run, tracker)
         write_identity(run, "complete")
@@ -131,25 +138,6 @@ def _num_workers(resources: Resources) -> int | tuple[int, int]:
 def _wanted(resources: Resources) -> str:
     each = " and ".join(f"{count:g} {kind}s" for kind, count in resources.bundle.items())
     return f"{resources.min_workers} workers of {each} each"
-
-
-@contextmanager
-def _tracked(run: Run) -> Iterator[Tracker]:
-    """The run's MLflow run, ended as what really happened."""
-    tracker = Tracker.start(
-        uri=default_uri(run.storage),
-        experiment=EXPERIMENT,
-        run_name=run.name,
-        identity=f"{run.name}-{run.identity}",
-        params=run.settings,
-        folder=run.folder,
-    )
-    try:
-        yield tracker
-    except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    tracker.finish("FINISHED")
 
 
 def report_run(run: Run, tracker: Tracker) -> None:

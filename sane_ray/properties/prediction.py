@@ -33,6 +33,7 @@ from sane_ray.properties.targets import Target, find_target
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.parquet"
 PREDICTIONS_FILE = "predictions.parquet"
+_STAGED_FILE = f"{RESULTS_FILE}.partial"
 FORMAT, VERSION = "sane_ray properties", 1
 
 METRICS = ("r2", "tau", "mae", "accuracy")
@@ -86,14 +87,23 @@ class Prediction:
         self._columns: dict[str, NDArray[Any]] = {}
         self._targets = [self._find_target(name) for name in self.config.targets]
 
+    def check(self) -> None:
+        """Raises ``InputError`` if no target at all can be predicted."""
+        if not any(target.usable for target in self._targets):
+            raise InputError("nothing to predict: " + "; ".join(target.note for target in self._targets))
+
+    @property
+    def doubts(self) -> list[str]:
+        """What cannot be used of each target, or why nothing can."""
+        return [target.note for target in self._targets if target.note]
+
     def run(self) -> None:
         """Fits and judges everything; what cannot be done is a row with a note.
 
         Raises:
             InputError: No target at all can be predicted, or store and embeddings do not fit each other.
         """
-        if not any(target.usable for target in self._targets):
-            raise InputError("nothing to predict: " + "; ".join(target.note for target in self._targets))
+        self.check()
         self._source.prepare(self.config.features)
         for name in tqdm(self.config.features, desc="feature sets", unit="set", disable=None):
             self._features(name)
@@ -279,7 +289,7 @@ def check_output(output: Path, digest: str) -> bool:
     known = read_results(output) if path.exists() else {}
     if known.get("identity") == digest:
         return True
-    leftovers = {TABLE_FILE, PREDICTIONS_FILE}
+    leftovers = {TABLE_FILE, PREDICTIONS_FILE, _STAGED_FILE}
     if not path.exists() and {entry.name for entry in output.iterdir()} <= leftovers:
         return False
     what = "results with other settings" if known else "something else"
@@ -307,6 +317,9 @@ def predict(zoos: list[Zoo], config: PropertiesConfig, output: Path) -> dict[str
 
     Returns:
         The content of results.json.
+
+    Raises:
+        InputError: No target at all can be predicted, or store and embeddings do not fit each other.
     """
     digest, settings = identity(zoos, config)
     began = time.perf_counter()
@@ -338,7 +351,7 @@ def _write(output: Path, content: dict[str, Any], prediction: Prediction) -> Non
     pq.write_table(
         pa.concat_tables([PREDICTION_SCHEMA.empty_table(), *prediction.predictions]), output / PREDICTIONS_FILE
     )
-    staged = output / f"{RESULTS_FILE}.partial"
+    staged = output / _STAGED_FILE
     staged.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     staged.replace(output / RESULTS_FILE)
 

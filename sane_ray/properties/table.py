@@ -36,8 +36,8 @@ def results_table(results: dict[str, Any]) -> Iterator[str]:
         yield f"note: {len(notes) - _NOTES} more are in results.json"
 
 
-def describe(zoos: Sequence[Zoo], config: PropertiesConfig, output: Path) -> str:
-    """What a run would do."""
+def describe(zoos: Sequence[Zoo], config: PropertiesConfig, output: Path, doubts: Sequence[str] = ()) -> str:
+    """What a run would do, and what it could not."""
     lines = [
         f"zoo      {zoo.name}: {len(zoo):,} checkpoints of {len(np.unique(zoo.column('model'))):,} models, "
         f"{'with' if zoo.embeddings is not None else 'without'} embeddings, "
@@ -48,6 +48,7 @@ def describe(zoos: Sequence[Zoo], config: PropertiesConfig, output: Path) -> str
         f"targets  {', '.join(config.targets)}",
         f"features {', '.join(config.features)}",
         f"probes   {', '.join(config.probes)}; {config.seeds} seeds of boosting, {config.bootstrap} draws of models",
+        *(f"note     {doubt}" for doubt in doubts),
         f"results  {output}",
     ]
     return "\n".join(lines)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from sane_ray.config import EmbedJob
 from sane_ray.embedding import Embeddings
+from sane_ray.embedding.job import EXPERIMENT, LOGGED_FILE
 from sane_ray.errors import InputError
+from sane_ray.tracking import default_uri
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "embedding"))
@@ -22,6 +25,12 @@ SPEC = importlib.util.spec_from_file_location("embed", ROOT / "jobs" / "embed.py
 assert SPEC is not None and SPEC.loader is not None
 embed = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(embed)
+
+
+@pytest.fixture(autouse=True)
+def own_mlflow(monkeypatch):
+    """No MLflow but that of the storage."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -41,29 +50,48 @@ def test_a_store_is_embedded_once_with_the_model_of_a_run(made, tmp_path, capsys
     assert "would embed 12 checkpoints" in planned and "nothing was started" in planned and not list(tmp_path.iterdir())
     embed.main(job, False)
     folder = tmp_path / "embeddings" / "store-calm"
-    command = f"next: python jobs/predict.py --embeddings {folder} --store {made / 'store'}"
+    command = f"next: python jobs/predict.py --embeddings {folder}"
     printed = capsys.readouterr().out
     assert f"embeddings {folder}: 12 checkpoints, 60 layers, 6 values each; {command}" in printed
+    client = MlflowClient(default_uri(tmp_path))
+    assert client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert run.data.metrics["checkpoints"] == 12 and run.info.status == "FINISHED"
+    plots = {Path(artifact.path).name for artifact in client.list_artifacts(run.info.run_id, "plots")}
+    assert {"map.png", "map.svg", "depth.png", "depth.parquet"} <= plots
+    (folder / "plots" / "map.png").unlink()
     embed.main(job, False)
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out and not (folder / "plots" / "map.png").exists()
+    (folder / LOGGED_FILE).unlink()  # as if the first had died while it drew
+    embed.main(job, False)
+    assert "nothing to do" in capsys.readouterr().out and (folder / "plots" / "map.png").exists()
+    assert len(client.search_runs([run.info.experiment_id])) == 1
     assert len(Embeddings.open(folder).models) == 12
 
 
 def test_one_file_of_an_unknown_architecture_is_embedded_with_a_warning(made, tmp_path, capsys):
     save_file(other_network(), tmp_path / "other.safetensors")
     job = EmbedJob(
-        model=str(made / "runs/calm/model"), source=str(tmp_path / "other.safetensors"), output=str(tmp_path / "out")
+        model=str(made / "runs/calm/model"),
+        source=str(tmp_path / "other.safetensors"),
+        output=str(tmp_path / "out"),
+        storage=str(tmp_path),
     )
     embed.main(job, False)
     printed = capsys.readouterr().out
-    assert "warning: 1 checkpoints have the architecture network-" in printed and "was not trained on" in printed
+    assert "warning: 1 checkpoint of the architecture network-" in printed and "was not trained on" in printed
+    assert str(tmp_path / "out" / "layers.parquet") in printed
+    assert f"1 checkpoint, 3 layers, 6 values each; next: look at {tmp_path / 'out/plots/network.png'}\n" in printed
     assert Embeddings.open(tmp_path / "out").models["trained_on"].to_pylist() == [False]
 
 
 def test_what_was_left_out_is_told_with_the_reason(made, tmp_path, capsys):
     zoo = write_zoo(tmp_path / "zoo", known=2)
     save_file({"fc.weight": torch.zeros(500, 3)}, zoo / "large.safetensors")
-    embed.main(EmbedJob(model=str(made / "runs/calm"), source=str(zoo), output=str(tmp_path / "out")), False)
+    embed.main(
+        EmbedJob(model=str(made / "runs/calm"), source=str(zoo), output=str(tmp_path / "out"), storage=str(tmp_path)),
+        False,
+    )
     printed = capsys.readouterr().out
     assert "left out large/0: it needs 500 positions" in printed and "2 checkpoints, 10 layers" in printed
 

@@ -28,7 +28,7 @@ def imported(job, *arguments, cwd):
     return set(done.stderr.split())
 
 
-@pytest.mark.parametrize("job", ["pretrain", "prepare", "build_zoo"])
+@pytest.mark.parametrize("job", ["pretrain", "prepare", "build_zoo", "embed", "predict"])
 def test_help_imports_nothing_heavy(job, tmp_path):
     assert not {"ray", "torch", "mlflow", "pandas", "numpy"} & imported(job, "--help", cwd=tmp_path)
 

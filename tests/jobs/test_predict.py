@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from sane_ray.cli import parse
 from sane_ray.config import PREDICTIONS, PredictJob, PropertiesConfig
 from sane_ray.errors import InputError
+from sane_ray.properties.job import EXPERIMENT, LOGGED_FILE
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,14 +49,15 @@ def test_predicts_once_tracks_and_says_where(folder: Path, capsys, monkeypatch):
     assert "zoo digits: 60 checkpoints of 20 models" in first
     assert "test_acc, ridge: SANE with s(W) is " in first and "leave-one-epoch" in first
     assert f"results  {folder / 'properties' / 'one'}" in first.splitlines()[-1] and "next:" in first
-    (folder / "properties" / "one" / "report.html").unlink()  # as if the first had died while it drew
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id])
+    client.delete_run(run.info.run_id)
+    for name in ("report.html", LOGGED_FILE):  # as if the first had died before it was drawn and told
+        (folder / "properties" / "one" / name).unlink()
     job.main(wanted, False)
     assert capsys.readouterr().out.startswith("nothing to do: ")
     assert (folder / "properties" / "one" / "report.html").exists()
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    experiment = client.get_experiment_by_name(job.EXPERIMENT)
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["r2/test_acc/statistics/ridge"] > 0.5 and run.info.status == "FINISHED"
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
@@ -79,6 +82,21 @@ def test_a_dry_run_starts_nothing(folder: Path, tmp_path: Path, capsys):
     job.main(PredictJob(store=str(folder / "digits"), storage=str(tmp_path), properties=QUICK), True)
     out = capsys.readouterr().out
     assert "without embeddings, with weights" in out and out.endswith("dry run: nothing was started\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_predicted_is_told_before_anything_starts(folder: Path, tmp_path: Path, capsys):
+    partly = dataclasses.replace(QUICK, targets=["test_acc", "tset_acc"])
+    job.main(PredictJob(store=str(folder / "digits"), storage=str(tmp_path), properties=partly), True)
+    assert "note     no checkpoint has 'tset_acc': did you mean test_acc" in capsys.readouterr().out
+    nothing = PredictJob(
+        store=str(folder / "digits"),
+        storage=str(tmp_path),
+        properties=dataclasses.replace(QUICK, targets=["tset_acc"]),
+    )
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match="nothing to predict: no checkpoint has 'tset_acc'"):
+            job.main(nothing, dry_run)
     assert not any(tmp_path.iterdir())
 
 

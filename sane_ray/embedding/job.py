@@ -1,0 +1,210 @@
+"""Embeds networks, draws them and tracks that: what `jobs/embed.py` does, and what it says of it."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow.compute as pc
+
+from sane_ray.autoencoder.model import CONFIG_FILE
+from sane_ray.cluster import default_storage, local_path
+from sane_ray.config import EmbedJob, to_dict
+from sane_ray.embedding import Embeddings
+from sane_ray.embedding.reading import INDEX_FILE, LAYERS_FILE
+from sane_ray.embedding.writing import Plan, embed, is_complete, plan_records, plan_store
+from sane_ray.errors import InputError
+from sane_ray.shell import command
+from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store.reading import json_digest
+from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
+from sane_ray.zoo.catalog import catalog_source
+from sane_ray.zoo.sources import Source, read, to_fetch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+EXPERIMENT = "sane_ray embeddings"
+"""Name of the MLflow experiment."""
+
+PICTURES = "plots"
+"""Folder of the pictures, inside that of the embeddings."""
+
+MOST_SPECTRA_BYTES = 2e9
+"""Of checkpoints whose singular values are computed for the pictures: more would take minutes."""
+
+LOGGED_FILE = ".logged"
+"""In the folder of the embeddings when they are drawn and MLflow has been told."""
+
+_LISTED = 20
+_MODEL_FOLDER = "model"
+"""Of a run: what pretraining calls it, which is not imported for its name alone."""
+
+
+def run(config: EmbedJob, dry_run: bool) -> None:
+    """Embeds what is not embedded yet, draws and tracks it, and says where it is."""
+    storage = default_storage(config.storage)
+    if dry_run and config.source and (fetched := to_fetch(_source(config))):
+        print(f"{fetched}\nand then embed it: run without --dry-run")
+        return
+    plan = plan_of(config, storage)
+    already = is_complete(plan)
+    if dry_run and not already:
+        print(describe(plan))
+        print("dry run: nothing was started")
+        return
+    if not (already and (plan.output / LOGGED_FILE).exists()):
+        with tracked(
+            uri=default_uri(storage),
+            experiment=EXPERIMENT,
+            run_name=plan.output.name,
+            identity=f"{plan.output.name}-{json_digest(plan.identity())}",
+            params={"embedding": to_dict(config.embedding), "model": str(plan.model), "source": plan.source},
+            folder=storage / UNSENT_FOLDER,
+        ) as tracker:
+            embeddings = embed(plan, config.cluster)
+            draw(plan, embeddings)
+            log(embeddings, tracker)
+            (plan.output / LOGGED_FILE).touch()
+    print(report(Embeddings.open(plan.output), default_uri(storage), already=already))
+
+
+def plan_of(config: EmbedJob, storage: Path) -> Plan:
+    """What the job embeds, with what, and where to.
+
+    Raises:
+        InputError: No model is named, not exactly one of store and source, or they cannot be used.
+    """
+    if not config.model:
+        raise InputError("config field model is '': name the folder of a trained model (--model), or of its run")
+    if bool(config.store) == bool(config.source):
+        raise InputError(
+            f"config field store is {config.store!r} and source is {config.source!r}: name one of them, a token store "
+            "(--store) or checkpoints (--source)"
+        )
+    model = model_folder(local_path(config.model, "model"))
+    networks = local_path(config.store, "store") if config.store else _source(config).path
+    default = storage / "embeddings" / f"{networks.name.split('.')[0]}-{model_name(model)}"
+    output = local_path(config.output, "output") if config.output else default
+    if config.store:
+        return plan_store(model, TokenStore.open(networks), output, config.embedding)
+    zoo = read(_source(config), storage)
+    catalog = networks.suffix == ".parquet" and catalog_source(networks) is not None
+    return plan_records(model, zoo.records, networks, output, config.embedding, catalog=catalog)
+
+
+def model_folder(path: Path) -> Path:
+    """The model's own folder, also where that of its run is named."""
+    inside = path / _MODEL_FOLDER
+    return inside if not (path / CONFIG_FILE).exists() and inside.is_dir() else path
+
+
+def model_name(model: Path) -> str:
+    """What tells a model from others: the name of its run, where that is the folder above it."""
+    return model.parent.name if model.name == _MODEL_FOLDER else model.name
+
+
+def describe(plan: Plan) -> str:
+    """What would be done."""
+    lines = [
+        f"would embed {plan.checkpoints:,} checkpoints of {plan.source['path']} ({plan.size / 1e6:,.1f} MB)",
+        f"with        {plan.model}",
+        f"to          {plan.output}, {'in this process' if plan.is_small else 'by actors on Ray'}",
+        *(f"left out    {reason}" for reason in plan.refused.values()),
+    ]
+    return "\n".join(lines)
+
+
+def draw(plan: Plan, embeddings: Embeddings) -> list[Path]:
+    """The pictures, with spectra of the weights where these are few and small."""
+    from sane_ray.analysis.pictures import draw_embeddings  # matplotlib and scipy take seconds to import
+
+    return draw_embeddings(embeddings, embeddings.path / PICTURES, spectra_of_plan(plan, embeddings))
+
+
+def spectra_of_plan(plan: Plan, embeddings: Embeddings) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Spectral metrics of the layers of checkpoints that were embedded as they are, by id; of a store, some."""
+    from sane_ray.analysis.depth import spectra_of, spectra_of_store
+    from sane_ray.tokens.layers import LayerTable
+    from sane_ray.zoo.catalog import open_record
+
+    if plan.source["kind"] == "store":
+        return spectra_of_store(TokenStore.open(plan.source["path"]))
+    records = [record for unit in plan.units for record in unit.records]
+    if not records or plan.size > MOST_SPECTRA_BYTES:
+        return {}
+    models = embeddings.models
+    architectures = dict(zip(models["id"].to_pylist(), models["architecture"].to_pylist(), strict=True))
+    tables = {name: LayerTable.from_dict(table) for name, table in embeddings.index["architectures"].items()}
+    return {
+        record.id: spectra_of(open_record(record), tables[architectures[record.id]])
+        for record in records
+        if record.id in architectures
+    }
+
+
+def log(embeddings: Embeddings, tracker: Tracker) -> None:
+    """Hands MLflow how well the networks are reconstructed, and the pictures."""
+    point: dict[str, object] = {"step": 0, "checkpoints": len(embeddings.models), "layers": len(embeddings.layers)}
+    for name in ("mse", "explained_variance"):
+        point[name] = pc.mean(embeddings.models[name]).as_py() if name in embeddings.models.column_names else None
+    tracker.log([point])
+    tracker.log_artifact(embeddings.path / INDEX_FILE)
+    tracker.log_folder(embeddings.path / PICTURES)
+
+
+def report(embeddings: Embeddings, uri: str, *, already: bool) -> str:
+    """What was left out, which architectures the model does not know, where everything is, and what comes next."""
+    pictures = sorted((embeddings.path / PICTURES).glob("*.png"))
+    done = (
+        f"{'nothing to do: ' if already else ''}embeddings {embeddings.path}: "
+        f"{_counted(len(embeddings.models), 'checkpoint')}, {_counted(len(embeddings.layers), 'layer')}, "
+        f"{embeddings.latent_dim} values each; next: {following(embeddings, pictures)}"
+    )
+    seen = [f"picture  {path}" for path in pictures]
+    return "\n".join([*left_out(embeddings), *unknown(embeddings), *seen, f"MLflow   {ui_command(uri)}", done])
+
+
+def following(embeddings: Embeddings, pictures: Sequence[Path]) -> str:
+    """What to do next: predict, where a store gives splits to do it by; else look."""
+    if embeddings.index["source"]["kind"] == "store" or not pictures:
+        return f"{command('python')} jobs/predict.py --embeddings {shlex.quote(str(embeddings.path))}"
+    first = next((path for path in pictures if path.stem in ("network", "map")), pictures[0])
+    return f"look at {first}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def left_out(embeddings: Embeddings) -> Iterator[str]:
+    """Each checkpoint by itself where they are few, else each reason with an example."""
+    alike: dict[str, list[str]] = {}
+    for one in embeddings.left_out:
+        alike.setdefault(one["reason"], []).append(one["id"])
+    for reason, ids in sorted(alike.items(), key=lambda pair: -len(pair[1]))[:_LISTED]:
+        more = f" and {len(ids) - 1:,} more" if len(ids) > 1 else ""
+        yield f"left out {ids[0]}{more}: {reason}"
+    if len(alike) > _LISTED:
+        yield f"all {len(embeddings.left_out):,} that were left out are in {embeddings.path / 'embeddings.json'}"
+
+
+def unknown(embeddings: Embeddings) -> Iterator[str]:
+    """Architectures that the model was not trained on."""
+    counts = Counter(embeddings.models["architecture"].to_pylist())
+    for name, trained_on in embeddings.index["trained_on"].items():
+        if not trained_on:
+            yield (
+                f"warning: {_counted(counts[name], 'checkpoint')} of the architecture {name}, which the model was not "
+                "trained on: their layers are normalised like those of the same kind in its training, and their "
+                "embeddings are no better than their reconstruction is (explained_variance in "
+                f"{embeddings.path / LAYERS_FILE})"
+            )
+
+
+def _source(config: EmbedJob) -> Source:
+    return Source(local_path(config.source, "source"), reader=config.reader, properties=config.properties)

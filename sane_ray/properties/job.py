@@ -1,0 +1,187 @@
+"""Predicts properties of networks, reports and tracks that: what `jobs/predict.py` does, and what it says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from sane_ray.cluster import default_storage, local_path
+from sane_ray.config import EmbedJob, PredictJob
+from sane_ray.embedding import Embeddings
+from sane_ray.embedding.job import plan_of
+from sane_ray.embedding.writing import Plan, embed, is_complete
+from sane_ray.errors import InputError
+from sane_ray.properties.features import EmbeddingTables, Zoo
+from sane_ray.properties.prediction import Prediction, check_output, identity, predict, read_results
+from sane_ray.properties.table import describe, results_table
+from sane_ray.tokens.store import TokenStore
+from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
+
+PICTURES, REPORT_FILE = "plots", "report.html"
+
+LOGGED_FILE = ".logged"
+"""In the folder of the results when they are reported and MLflow has been told."""
+
+EXPERIMENT = "sane_ray properties"
+"""Name of the MLflow experiment."""
+
+
+def run(config: PredictJob, dry_run: bool) -> None:
+    """Predicts, unless the results are there; prints the table, the verdict, and where everything is."""
+    storage = default_storage(config.storage)
+    if config.model and config.embeddings:
+        raise InputError("--model embeds a store, and --embeddings are there already: name only one of them")
+    if config.model:
+        plan = embedding_plan(config, storage)
+        if dry_run and not is_complete(plan):
+            print(f"would embed {config.store} with {config.model} into {plan.output}, and then predict")
+            return
+        config = dataclasses.replace(config, embeddings=str(embed(plan).path))
+    zoos = open_zoos(config)
+    digest, settings = identity(zoos, config.properties)
+    name = config.run_name or f"{zoos[0].name}-{digest}"
+    output = local_path(config.output, "output") if config.output else storage / "properties" / name
+    already = check_output(output, digest)
+    prediction = Prediction(zoos, config.properties)
+    if not already:
+        prediction.check()
+    if dry_run:
+        print(describe(zoos, config.properties, output, prediction.doubts))
+        print("dry run: nothing was started")
+        return
+    if not (already and (output / LOGGED_FILE).exists()):
+        with tracked(
+            uri=default_uri(storage),
+            experiment=EXPERIMENT,
+            run_name=name,
+            identity=f"{name}-{digest}",
+            params=settings,
+            folder=storage / UNSENT_FOLDER,
+        ) as tracker:
+            results = read_results(output) if already else predict(zoos, config.properties, output)
+            report(results, zoos, config, output)
+            log(results, output, tracker)
+            (output / LOGGED_FILE).touch()
+    if already:
+        print(f"nothing to do: {output} holds the results of these checkpoints and this config")
+    print(ending(read_results(output), output, storage))
+
+
+def embedding_plan(config: PredictJob, storage: Path) -> Plan:
+    """What ``jobs/embed.py --model MODEL --store STORE`` would do, into its default folder.
+
+    Raises:
+        InputError: No store is named, or it and the model do not fit.
+    """
+    if not config.store:
+        raise InputError("config field store is '': name the token store that --model embeds (--store)")
+    return plan_of(EmbedJob(model=config.model, store=config.store), storage)
+
+
+def open_zoos(config: PredictJob) -> list[Zoo]:
+    """The zoo, and the other one where there is one.
+
+    Raises:
+        InputError: Neither embeddings nor a store are named, or what is named does not fit together.
+    """
+    if not config.embeddings and not config.store:
+        raise InputError("nothing to predict from: name --embeddings EMBEDDINGS, --store STORE, or both")
+    zoos = [open_zoo(config.embeddings, config.store, "")]
+    if config.other_embeddings or config.other_store:
+        zoos.append(open_zoo(config.other_embeddings, config.other_store, "other_"))
+        check_other(zoos)
+    return zoos
+
+
+def open_zoo(embeddings: str, store: str, prefix: str) -> Zoo:
+    """A zoo by the values of its two flags; a store that only the embeddings name may be gone."""
+    embedded = open_embeddings(embeddings, f"{prefix}embeddings") if embeddings else None
+    if store:
+        opened: TokenStore | None = TokenStore.open(local_path(store, f"{prefix}store"))
+    else:
+        opened = named_store(embedded)
+    if embedded is not None and opened is not None:
+        source = embedded.index.get("source", {})
+        if source.get("kind") == "store" and source.get("fingerprint") not in (None, opened.fingerprint):
+            raise InputError(
+                f"--{prefix}embeddings {embeddings} are of the store {source.get('path')} as it was with fingerprint "
+                f"{source['fingerprint']}, but {opened.path} has {opened.fingerprint}: embed this one, or name that one"
+            )
+    where = opened.path if opened is not None else local_path(embeddings, f"{prefix}embeddings")
+    return Zoo(where.name, opened, embedded)
+
+
+def open_embeddings(folder: str, field: str) -> Embeddings:
+    """What ``jobs/embed.py`` wrote."""
+    return Embeddings.open(local_path(folder, field))
+
+
+def named_store(embeddings: EmbeddingTables | None) -> TokenStore | None:
+    """The store that embeddings were made from, if it is still there."""
+    source: dict[str, Any] = {} if embeddings is None else embeddings.index.get("source", {})
+    if source.get("kind") != "store" or not Path(source["path"]).exists():
+        return None
+    return TokenStore.open(source["path"])
+
+
+def check_other(zoos: list[Zoo]) -> None:
+    """Raises ``InputError`` where the embeddings of the two zoos are not of one model, so not comparable."""
+    models = [zoo.embeddings.index.get("model", {}) for zoo in zoos if zoo.embeddings is not None]
+    if len(models) == 2 and models[0].get("fingerprint") != models[1].get("fingerprint"):
+        raise InputError(
+            f"--embeddings are by the model {models[0].get('path')} and --other-embeddings by {models[1].get('path')}: "
+            "embed both zoos with one model"
+        )
+    if zoos[0].name == zoos[1].name:
+        zoos[1] = Zoo(f"{zoos[1].name} (other)", zoos[1].store, zoos[1].embeddings)
+
+
+def report(results: dict[str, Any], zoos: list[Zoo], config: PredictJob, output: Path) -> None:
+    """Draws the pictures and writes the report beside the results."""
+    from sane_ray.analysis.attribution import layers_behind  # scipy and matplotlib take seconds to import
+    from sane_ray.analysis.depth import spectra_of_store
+    from sane_ray.analysis.pictures import draw_embeddings, draw_predictions
+    from sane_ray.analysis.reports import write_prediction_report
+
+    zoo, wanted = zoos[0], config.properties
+    features = next((name for name in ("sane+statistics", *wanted.features) if name in wanted.features), "")
+    layers = layers_behind(zoo, wanted.targets, features, last_epoch_only=wanted.epochs == "last", seed=wanted.seed)
+    pictures = draw_predictions(output, output / PICTURES, layers)
+    if isinstance(zoo.embeddings, Embeddings):
+        spectra = spectra_of_store(zoo.store) if zoo.store is not None else None
+        pictures += draw_embeddings(zoo.embeddings, output / PICTURES, spectra)
+    flags = {"embeddings": config.embeddings, "store": config.store, "other_embeddings": config.other_embeddings}
+    command = shlex.join(["python", "jobs/predict.py", *(p for k, v in flags.items() if v for p in (f"--{k}", v))])
+    write_prediction_report(results, pictures, output / REPORT_FILE, command)
+
+
+def log(results: dict[str, Any], output: Path, tracker: Tracker) -> None:
+    """Hands the metrics of the zoo's own split and the result files to MLflow."""
+    point: dict[str, object] = {"step": 0}
+    for row in results["rows"]:
+        if row["protocol"] == "split":
+            for metric in ("r2", "tau", "mae", "accuracy"):
+                if metric in row:
+                    point[f"{metric}/{row['target']}/{row['features']}/{row['probe']}"] = row[metric]
+    tracker.log([point])
+    for file in sorted(output.iterdir()):
+        if file.is_file():
+            tracker.log_artifact(file)
+    tracker.log_folder(output / PICTURES)
+
+
+def ending(results: dict[str, Any], output: Path, storage: Path) -> str:
+    """The table, the verdict, where the results are and what to do next."""
+    seconds, mlflow = results["compute"]["seconds"], ui_command(default_uri(storage))
+    return "\n".join(
+        [
+            *results_table(results),
+            "",
+            *results["verdict"],
+            f"took     {seconds:,.0f} s; MLflow: {mlflow}",
+            f"results  {output} (results.json, results.parquet, predictions.parquet, {PICTURES}); "
+            f"next: open {output / REPORT_FILE}",
+        ]
+    )
