@@ -17,12 +17,15 @@ the same tokens (random, in the shapes of the preset's networks, in memory) and 
 
 The mean embeddings of ours-float32 and published must agree to 1e-5. Figures are of each side's best round, which
 others on the machine disturbed least, and "ours x" says how many times as fast ours is. On a CPU the same is told in
-the processor's time, which others take less from, and that decides. Needs torch alone, neither Ray nor a store.
+the processor's time, which others take less from, and that decides; and how many networks a second its matrix products
+allow at most, by the operations of the encoder and the speed of large products measured here. Where that is less than
+the aim, no code can reach it in this number format. Needs torch alone, neither Ray nor a store.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import multiprocessing
 import os
@@ -40,13 +43,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 import torch
 from published_step import add_missing_modules, is_checkout
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from train_step import job_of
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.autoencoder.published import config_to_published, state_dict_to_published
 from sane_ray.config import PRESETS, EmbeddingConfig
 from sane_ray.embedding import Embedder
-from sane_ray.embedding.encoder import in_memory
+from sane_ray.embedding.encoder import choose_format, in_memory
+from sane_ray.hardware import measured_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS: dict[str, dict[str, Any]] = {
@@ -111,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"mean embedding differs from ours-float32 by {difference:.1e} of the largest"
         )
     print(f"load {os.getloadavg()[0]:.1f}")
+    if options.device == "cpu":
+        reference = "published" if code else "ours"
+        print(bound(works[0], reference, options.networks / min(cost.seconds for cost in costs[reference])))
     if code is None:
         print(f"no published code at {options.published}: own figures only")
         return 0
@@ -122,6 +130,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"embeddings differ by {difference:.1e} at most (aim: {AGREEMENT:g}): {'met' if met else 'NOT MET'}"
     )
     return 0 if met else 1
+
+
+def bound(work: Work, side: str, rate: float) -> str:
+    """What the processor's matrix products allow, in words.
+
+    Args:
+        work: Ours.
+        side: What to compare with.
+        rate: Its networks a second.
+    """
+    model, tokens, positions = workload(dataclasses.replace(work, networks=1))
+    with torch.inference_mode(), FlopCounterMode(display=False) as counted:
+        model.encode(tokens, positions[None])
+    dtype = choose_format("auto", torch.device("cpu"))
+    flop = counted.get_total_flops()
+    most = measured_peak(work.threads, dtype) / flop
+    return (
+        f"bound: {flop / 1e6:,.0f} MFLOP a network, so at most {most:,.1f} networks/s in {dtype} here, "
+        f"{most / rate:.1f} times the {rate:,.1f} of {side}"
+    )
 
 
 def ratio(costs: dict[str, list[Cost]], side: str, of: str) -> float:

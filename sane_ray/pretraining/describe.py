@@ -9,6 +9,9 @@ from sane_ray.pretraining.scaling import Placement, gigabytes, scaling_table
 from sane_ray.shell import command
 from sane_ray.tracking import default_uri, ui_command
 
+FOR_GPUS = 10_000_000
+"""Parameters from which a model is taken for one to train on GPUs."""
+
 
 def describe(run: Run) -> str:
     """The run in a few lines: model, data, steps, where."""
@@ -30,11 +33,13 @@ def describe(run: Run) -> str:
 
 
 def describe_plan(run: Run, job: PretrainJob) -> str:
-    """``describe``, and what the run needs here and on paper on many GPUs."""
-    worker, workers = run.worker, job.cluster.max_workers
-    need = run.memory.on(Placement(workers, per_node=workers, gpu=job.cluster.gpu == "yes"))
-    table = scaling_table(worker.autoencoder, worker.pretraining, worker.loss, workers=workers)
-    return f"{describe(run)}\nmemory   {gigabytes(need.device)} a worker: {need}\n{table}"
+    """``describe``, and what the run needs here, and on paper on many GPUs if it is one for GPUs."""
+    worker, workers, on_gpus = run.worker, job.cluster.max_workers, job.cluster.gpu == "yes"
+    need = run.memory.on(Placement(workers, per_node=workers, gpu=on_gpus))
+    text = f"{describe(run)}\nmemory   {gigabytes(need.device)} a worker: {need}"
+    if not on_gpus and run.parameters < FOR_GPUS:
+        return text
+    return f"{text}\n{scaling_table(worker.autoencoder, worker.pretraining, worker.loss, workers=workers)}"
 
 
 def ending(run: Run, already: bool) -> str:

@@ -1,5 +1,6 @@
 """The pretraining job as a user runs it."""
 
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from sane_ray.config import AutoencoderConfig, PretrainingConfig, PretrainJob, ZooConfig
+from sane_ray.config import AutoencoderConfig, ClusterConfig, PretrainingConfig, PretrainJob, ZooConfig
+from sane_ray.pretraining import describe
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tracking import default_uri
 
@@ -37,7 +39,7 @@ def run(*arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
 
 
-def test_without_a_store_the_whole_line_is_walked_once(ray_session, tmp_path, capsys):
+def test_without_a_store_the_whole_line_is_walked_once(ray_session, tmp_path, capsys, monkeypatch):
     job = small(tmp_path)
     pretrain.main(job, True)
     planned = capsys.readouterr().out
@@ -61,6 +63,12 @@ def test_without_a_store_the_whole_line_is_walked_once(ray_session, tmp_path, ca
     pretrain.main(job, True)
     planned = capsys.readouterr().out
     assert "6 training windows of 52 tokens" in planned and "2 epochs of 3 steps of 2 windows" in planned
+    assert "MB a worker" in planned and "H200" not in planned  # nobody trains 0.9 M parameters on 512 of them
+    pretrain.main(dataclasses.replace(job, cluster=ClusterConfig(gpu="yes")), True)
+    assert "H200" in capsys.readouterr().out
+    monkeypatch.setattr(describe, "FOR_GPUS", 1)
+    pretrain.main(job, True)
+    assert "H200" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
