@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sane_ray.errors import InputError
+from sane_ray.zoo import foreign
 from sane_ray.zoo.archives import Limits
 from sane_ray.zoo.key_order import Place, order_of
 
@@ -726,11 +727,8 @@ def _refuse_other_archives(path: str | Path, entries: list[zipfile.ZipInfo]) -> 
     names = {each.filename.partition("/")[2] for each in entries}
     if any(each.flag_bits & 1 for each in entries):
         raise InputError(f"{path}: is encrypted; decrypt it first, or remove it from the zoo")
-    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-        raise InputError(
-            f"{path}: is a TorchScript archive, which is a program, so it is refused; where you trust its author, save "
-            "torch.jit.load(path).state_dict() with torch.save or safetensors"
-        )
+    if (program := foreign.of_zip([each.filename for each in entries])) is not None:
+        raise InputError(f"{path}: {program.is_not_read}; {program.remedy_for()}")  # the same of each file of a zoo
     if "data.pkl" not in names:
         raise InputError(
             f"{path}: is a zip archive, but none that torch.save has written; unpack it, or remove it from the zoo"
