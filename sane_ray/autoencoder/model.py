@@ -542,7 +542,7 @@ def _sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
 def _read_config(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any], dict[str, Any]]:
     path = folder / CONFIG_FILE
     if not folder.is_dir():
-        raise InputError(f"{folder} {instead_of_model(folder)}")
+        raise InputError(f"model {folder} {instead_of_model(folder)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

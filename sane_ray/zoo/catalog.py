@@ -149,9 +149,10 @@ def discover(source: str | Path, reader: str = "auto") -> list[Record]:
             return _in_order(records)
     looked_for = [module.LOOKS_FOR for module in chosen] + ([_LOOKS_FOR] if reader == "auto" else [])
     remedy = _REMEDY if reader == "auto" else f"{_REMEDY}; or leave --reader at auto"
-    raise InputError(
-        f"--source {root} holds no checkpoints{_instead(root)}: looked for {'; '.join(looked_for)}; {remedy}"
-    )
+    if instead := foreign.by_format(unclaimed(root, [])):
+        refused = "; ".join(known.refusal(root / paths[0]) for known, paths in instead[:_EXAMPLES])
+        raise InputError(f"--source {root} holds no checkpoints, but files that are not read: {refused}")
+    raise InputError(f"--source {root} holds no checkpoints: looked for {'; '.join(looked_for)}; {remedy}")
 
 
 def open_record(record: Record) -> Checkpoint:
@@ -247,13 +248,6 @@ class _Claims:
         return True
 
 
-def _instead(root: Path) -> str:
-    """What a source holds in formats that are not read, in brackets; empty if nothing."""
-    formats = foreign.by_format(unclaimed(root, []))
-    found = [f"{paths[0]}, which {known.is_not_read}: {known.remedy_for(root / paths[0])}" for known, paths in formats]
-    return f" that are read ({'; '.join(found[:_EXAMPLES])})" if found else ""
-
-
 def _check_source(root: Path) -> None:
     try:
         there = root.exists()
@@ -275,7 +269,7 @@ def _near(missing: Path) -> str:
     alike = difflib.get_close_matches(missing.name, names, n=_MOST_NEAR)
     stem = missing.name.partition(".")[0]
     alike += [name for name in names if name.partition(".")[0] == stem and name not in alike]
-    return f" (beside it lie {', '.join(alike[:_MOST_NEAR])})" if alike else ""
+    return f" (beside it: {', '.join(alike[:_MOST_NEAR])})" if alike else ""
 
 
 def _in_order(records: Iterable[Record]) -> list[Record]:
