@@ -190,13 +190,56 @@ def _explain(error: Exception, parser: ArgumentParser) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     message = " ".join(str(error).split())
-    message = re.sub(r"Expected a <class '(\w+)'>", r"expected a \1", message)
-    message = re.sub(r"Expected a typing\.Literal\[(.+?)\]", r"expected one of \1", message)
+    message = re.sub(r"[Ee]xpected a typing\.Literal\[(.+?)\]", r"expected one of \1", message)
+    message = _UNION.sub(_expected_of_union, message)
+    message = re.sub(r"[Ee]xpected an? <class '(\w+)'>", lambda found: f"expected {_in_words(found[1])}", message)
+    message = re.sub(r'Parser key "([\w.]+)":', r"config field \1:", message)
+    message = re.sub(r"\. Got value:", ", got", message)
+    message = re.sub(r"argument --([\w.]+): expected one argument", _needs_value, message)
+    message = re.sub(r"config field config: File does not exist: '(.+)'", r"--config \1 does not exist", message)
+    message = re.sub(
+        r"config field (\w+): Unable to load config '(.+?)' - .*",
+        r"config field \1 is \2: it is a section, so set its fields one by one (--\1.FIELD VALUE)",
+        message,
+    )
     return _suggest(message, parser) or message
 
 
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list, such as [1, 2]",
+    "tuple": "a list, such as [1, 2]",
+    "dict": "fields with their values",
+    "NoneType": "null",
+}
+"""What people call the types of fields."""
+
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[(?P<kinds>.+)\] Errors: .*"
+    r"Given value type: .*? Given value: (?P<value>.*)"
+)
+
+
+def _needs_value(found: re.Match[str]) -> str:
+    return f"--{found[1] if '.' in found[1] else found[1].replace('_', '-')} needs a value"
+
+
+def _in_words(kind: str) -> str:
+    return _KINDS.get(kind, kind)
+
+
+def _expected_of_union(found: re.Match[str]) -> str:
+    """``expected a whole number or two whole numbers, got x``."""
+    kinds = re.findall(r"<class '(\w+)'>|(?<!\w)(NoneType|(?:tuple|list)\[)", found["kinds"])
+    words = [_in_words((plain or generic).rstrip("[")) for plain, generic in kinds]
+    return f"expected {' or '.join(dict.fromkeys(words)) or found['kinds']}, got {found['value']}"
+
+
 def _suggest(message: str, parser: ArgumentParser) -> str:
-    """A sentence for an unknown field, with the nearest that exist; empty if the message is about something else."""
+    """A sentence for an unknown field, with what is spelled much like it; empty if the message is of something else."""
     unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     at_top = re.search(r"[Oo]ption '([\w.]+)' is not accepted|[Kk]ey ['\"]([\w.]+)['\"] is not expected", message)
@@ -204,7 +247,29 @@ def _suggest(message: str, parser: ArgumentParser) -> str:
     if not found:
         return ""
     name = ".".join(group for group in found.groups() if group)
-    fields = [action.dest for action in parser._actions if action.dest != "help"]
-    near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
+    near = _near(name, [action.dest for action in parser._actions if action.dest != "help"])
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"no config field is called {name!r}{hint} (`--help` lists them all)"
+
+
+_ALIKE = 0.8
+"""``learning_rat`` is as much like ``learning_rate``, and ``nosuch`` not like ``search``."""
+_MOST_NEAR = 3
+
+
+def _near(name: str, fields: Sequence[str]) -> list[str]:
+    """Fields that may have been meant: spelled much like it, or called so inside a section, the most alike first."""
+    scores = {field: _alikeness(name, field) for field in fields}
+    near = sorted((field for field in fields if scores[field] >= _ALIKE), key=lambda field: -scores[field])
+    return near[:_MOST_NEAR]
+
+
+def _alikeness(name: str, field: str) -> float:
+    """From 0 (nothing in common) to 1 (the same); of the last words alone, where the section is right or left out."""
+    section, _, last = name.rpartition(".")
+    of_field, _, own = field.rpartition(".")
+    alike = difflib.SequenceMatcher(None, last, own).ratio()
+    if section == of_field:
+        return alike
+    whole = difflib.SequenceMatcher(None, name, field).ratio()
+    return whole if section else max(alike, whole)

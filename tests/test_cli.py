@@ -54,11 +54,20 @@ def test_a_printed_config_read_back_is_the_same(capsys, tmp_path):
             r"no config field is called 'pretraining\.learning_rat'; did you mean pr",
         ),
         (["--pretraining.learning-rat=1"], r"no config field is called 'pretraining\.learning_rat'; did you mean pr"),
-        (["--pretraining.epochs", "many"], r"pretraining\.epochs.*expected a int.*many"),
+        (["--pretraining.epochs", "many"], r"^config field pretraining\.epochs: expected a whole number, got many$"),
+        (["--pretraining.learning_rate", "x"], r"^config field pretraining\.learning_rate: expected a number, got x$"),
+        (["--tokens.align_biases", "x"], r"no config field is called 'tokens\.align_biases' \("),
+        (
+            ["--cluster.num_workers", "x"],
+            r"^config field cluster\.num_workers: expected a whole number or a list, such as \[1, 2\], got x$",
+        ),
+        (["--zoo.checkpoint_epochs", "5"], r"zoo\.checkpoint_epochs: expected a list, such as \[1, 2\], got 5$"),
+        (["--run-name"], r"^--run-name needs a value$"),
+        (["--pretraining", "3"], r"pretraining is 3: it is a section, .*--pretraining\.FIELD VALUE"),
         (["--pretraining.epochs", "0"], r"config field pretraining\.epochs is 0: must be at least 1"),
         (["--loss.reconstruction", "all"], r"loss\.reconstruction.*one of 'signal', 'elements'.*all"),
         (["--preset", "gpt"], r"--preset is 'gpt': must be one of digits, cnn, resnet18"),
-        (["--config", "nowhere.yaml"], r"nowhere\.yaml"),
+        (["--config", "nowhere.yaml"], r"^--config .*nowhere\.yaml does not exist$"),
         (["stray"], r"stray"),
     ],
 )
@@ -69,6 +78,30 @@ def test_bad_arguments_are_told_in_one_sentence(arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("--nosuch", None),
+        ("--pretraining.nosuch", None),
+        ("--runname", "run_name"),
+        ("--learning-rate", "pretraining.learning_rate or zoo.learning_rates"),
+        ("--pretraining.learning-rates", "pretraining.learning_rate"),
+        ("--clustr.num-workers", "cluster.num_workers"),
+    ],
+)
+def test_an_unknown_flag_is_likened_only_to_what_is_spelled_much_like_it(name: str, near: str | None):
+    with pytest.raises(InputError) as refusal:
+        parsed(name, "1")
+    hint = f"; did you mean {near}?" if near else ""
+    called = name[2:].replace("-", "_")
+    assert str(refusal.value) == f"no config field is called {called!r}{hint} (`--help` lists them all)"
+
+
+def test_a_switch_is_told_in_words():
+    with pytest.raises(InputError, match=r"^config field audit: expected true or false, got maybe$"):
+        parse(PrepareJob, argv=["--audit", "maybe"])
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (
@@ -76,7 +109,7 @@ def test_bad_arguments_are_told_in_one_sentence(arguments, message):
             r"no config field is called 'pretraining\.epoch'; did you mean pretraining\.epochs",
         ),
         ("pretrainin: {epochs: 3}", r"no config field is called 'pretrainin.*did you mean pretraining"),
-        ("pretraining: {epochs: x}", r"pretraining\.epochs.*expected a int"),
+        ("pretraining: {epochs: x}", r"pretraining\.epochs: expected a whole number, got x"),
         ("a: [", r"(?i)config"),
     ],
 )

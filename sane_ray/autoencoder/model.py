@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sane_ray.autoencoder.folders import CONFIG_FILE, WEIGHTS_FILE, WHERE, instead_of_model
 from sane_ray.autoencoder.halo import Windows
 from sane_ray.autoencoder.positions import POSITION_NAMES, PositionEmbedding, SinusoidalPositions
 from sane_ray.config import AutoencoderConfig
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 FORMAT = "sane_ray.autoencoder"
 FORMAT_VERSION = 1
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 _INITIAL_STD = 0.02
 _WINDOWS_AT_ONCE = 32
@@ -543,15 +542,15 @@ def _sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
 def _read_config(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any], dict[str, Any]]:
     path = folder / CONFIG_FILE
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: name the folder of a trained model, which holds {CONFIG_FILE}")
+        raise InputError(f"model {folder} {instead_of_model(folder)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: {folder} is not the folder of a trained model") from error
+        raise InputError(f"{path} is missing: {folder} {instead_of_model(folder)}") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): copy the model folder again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} is not a sane_ray autoencoder: its format must be {FORMAT!r}")
+        raise InputError(f"{path} is not a sane_ray autoencoder: its format must be {FORMAT!r}; {WHERE}")
     if content.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{path}: format_version is {content.get('format_version')!r}, this sane_ray reads {FORMAT_VERSION}: "

@@ -278,7 +278,7 @@ class Checkpoints:
         if difference:
             raise InputError(
                 f"the checkpoint {self.folder / name} is of another model or optimiser ({difference}): resume with the "
-                "config it was made with, or choose another --run_name"
+                "config it was made with, or choose another --run-name"
             )
         # into the copy in main memory: a failure half-way must not leave half a state
         wanted = {key: tensor for key, tensor in live.items() if key in metadata.state_dict_metadata}
@@ -442,7 +442,7 @@ def _read_manifest(folder: Path) -> _Content | str | None:
     if content.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{folder / MANIFEST} has format_version {content.get('format_version')}, this sane_ray reads "
-            f"{FORMAT_VERSION}: resume with the version that wrote it, or choose another --run_name"
+            f"{FORMAT_VERSION}: resume with the version that wrote it, or choose another --run-name"
         )
     if content.pop("crc32", None) != _crc32_of_json(content):
         return f"{MANIFEST}: its checksum is wrong"

@@ -266,8 +266,8 @@ def claim(run: Run) -> None:
         write_identity(run, "running")
     elif known["identity"] != run.identity:
         raise InputError(
-            f"--run_name {run.name} is a run with other settings ({_differences(known['settings'], run.settings)}) in "
-            f"{run.folder}: choose another --run_name, or delete that folder"
+            f"--run-name {run.name} is a run with other settings ({_differences(known['settings'], run.settings)}) in "
+            f"{run.folder}: choose another --run-name, or delete that folder"
         )
 
 
@@ -286,7 +286,7 @@ def _read_identity(run: Run) -> dict[str, Any] | None:
         return {key: known[key] for key in ("identity", "settings", "status")}
     except (ValueError, KeyError) as error:
         raise InputError(
-            f"{path} is damaged ({error}): delete the folder {run.folder}, or choose another --run_name"
+            f"{path} is damaged ({error}): delete the folder {run.folder}, or choose another --run-name"
         ) from error
 
 

@@ -110,7 +110,7 @@ class TrainingState(Stateful):
             raise InputError(
                 f"the checkpoint's optimiser has {len(groups)} parameter groups, but this run's has "
                 f"{len(self.optimizer.param_groups)}: resume with the config it was made with, or choose another "
-                "--run_name"
+                "--run-name"
             )
         for group, values in zip(self.optimizer.param_groups, groups, strict=True):
             group |= {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -386,7 +386,7 @@ class _Loop:
         if ours != theirs:
             raise InputError(
                 f"the checkpoints in {self.folder} were trained in another order of windows ({theirs}) than this run's "
-                f"({ours}): delete {self.folder}, or choose another --run_name"
+                f"({ours}): delete {self.folder}, or choose another --run-name"
             )
         if extra["precision"] != str(self.trainer.precision) and self.rank == 0:
             _LOG.warning("the run began in %s and goes on in %s", extra["precision"], self.trainer.precision)

@@ -27,6 +27,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from sane_ray.errors import InputError
+from sane_ray.zoo import foreign
 
 CHUNK = 1 << 20
 """Bytes copied at a time."""
@@ -60,13 +61,15 @@ class _Entry:
 
 
 def is_archive(path: str | Path) -> bool:
-    """Whether a file is an archive by its content; zip files that ``torch.save`` wrote are checkpoints, and are not."""
+    """Whether a file is an archive by its content; zip files that ``torch`` wrote (checkpoints, programs) are not."""
     kind = _kind(Path(path))
     if kind != "zip":
         return kind is not None
     try:
         with zipfile.ZipFile(path) as archive:
-            return not any(PurePosixPath(name).name == "data.pkl" for name in archive.namelist()[:10])
+            names = archive.namelist()
+            is_checkpoint = any(PurePosixPath(name).name == "data.pkl" for name in names[:10])
+            return not is_checkpoint and foreign.of_zip(names) is None
     except (zipfile.BadZipFile, OSError, ValueError):
         return Path(path).suffix == ".zip"  # a damaged one is still to be named when it is unpacked
 

@@ -11,6 +11,7 @@ relative to it, so that the two move together; others are absolute, so that the 
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sane_ray.errors import InputError
+from sane_ray.zoo import foreign
 from sane_ray.zoo.checkpoint import Checkpoint
 from sane_ray.zoo.readers import (
     Record,
@@ -90,14 +92,16 @@ _READERS: dict[str, _Reader] = {
 
 _SOURCE, _WRITTEN = b"sane_ray.source", b"sane_ray.written_ns"
 _EXAMPLES = 5
+_MOST_NEAR = 3
 _LAST_EPOCH = 2**62
 """Far beyond any training, and a number that every table and every float can hold."""
 
 _WEIGHTS = re.compile(
-    rf"({'|'.join(map(re.escape, files.SUFFIXES))}|\.np[yz]|\.zip|\.tar(\.\w+)?|\.t[gx]z|\.tbz2)$|^checkpoints$",
+    rf"({'|'.join(map(re.escape, (*files.SUFFIXES, *foreign.SUFFIXES)))}"
+    r"|\.np[yz]|\.zip|\.tar(\.\w+)?|\.t[gx]z|\.tbz2)$|^checkpoints$",
     re.IGNORECASE,
 )
-"""Names of files that some reader may read, perhaps after they are unpacked."""
+"""Names of files that some reader may read, perhaps after they are unpacked; and of formats that none reads."""
 
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 _SHARD = re.compile(r"-\d{5}(-of-\d{5}\.)")
@@ -105,7 +109,7 @@ _REQUIRED = ("id", "model", "path", "reader")
 _OPTIONAL = ("epoch", "member", "license", "split", "status", "sha256")
 _LISTS = ("parents", "beside")
 _LOOKS_FOR = f"a catalog (Parquet with columns {', '.join(_REQUIRED)})"
-_REMEDY = "name the folder of a zoo, or build one with `python jobs/build_zoo.py`"
+_REMEDY = "name the folder of a zoo or a checkpoint file, or build one with `python jobs/build_zoo.py`"
 _LOG = logging.getLogger(__name__)
 
 
@@ -132,6 +136,8 @@ def discover(source: str | Path, reader: str = "auto") -> list[Record]:
     _check_source(root)
     if reader not in ("auto", *reader_names()):
         raise InputError(f"--reader is {reader!r}: choose auto, {', '.join(reader_names())}")
+    if root.is_file() and (program := foreign.of_file(root)) is not None:
+        raise InputError(program.refusal(root))
     if reader == CATALOG or (reader == "auto" and _is_catalog(root)):
         return _in_order(read_catalog(root))
     chosen = _READERS.values() if reader == "auto" else [_READERS[reader]]
@@ -143,6 +149,9 @@ def discover(source: str | Path, reader: str = "auto") -> list[Record]:
             return _in_order(records)
     looked_for = [module.LOOKS_FOR for module in chosen] + ([_LOOKS_FOR] if reader == "auto" else [])
     remedy = _REMEDY if reader == "auto" else f"{_REMEDY}; or leave --reader at auto"
+    if instead := foreign.by_format(unclaimed(root, [])):
+        refused = "; ".join(known.refusal(root / paths[0]) for known, paths in instead[:_EXAMPLES])
+        raise InputError(f"--source {root} holds no checkpoints, but files that are not read: {refused}")
     raise InputError(f"--source {root} holds no checkpoints: looked for {'; '.join(looked_for)}; {remedy}")
 
 
@@ -245,7 +254,22 @@ def _check_source(root: Path) -> None:
     except OSError as error:
         raise InputError(f"--source {root} cannot be looked at ({error}); check its permissions") from error
     if not there:
-        raise InputError(f"--source {root} does not exist: {_REMEDY}")
+        raise InputError(f"--source {root} does not exist{_near(root)}: {_REMEDY}")
+
+
+def _near(missing: Path) -> str:
+    """What lies beside a path that does not exist and is called much like it, in words; or what of it is there."""
+    folder = next(above for above in missing.parents if above.exists())
+    if folder != missing.parent:
+        return f", nor does {missing.parent} (only {folder})"
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".")
+    except OSError:
+        return ""
+    alike = difflib.get_close_matches(missing.name, names, n=_MOST_NEAR)
+    stem = missing.name.partition(".")[0]
+    alike += [name for name in names if name.partition(".")[0] == stem and name not in alike]
+    return f" (beside it: {', '.join(alike[:_MOST_NEAR])})" if alike else ""
 
 
 def _in_order(records: Iterable[Record]) -> list[Record]:

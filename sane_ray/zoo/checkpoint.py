@@ -28,7 +28,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sane_ray.errors import InputError
+from sane_ray.zoo import foreign
 from sane_ray.zoo.archives import Limits
+from sane_ray.zoo.key_order import Place, order_of
 
 WRAPPERS = ("model_state_dict", "state_dict", "model", "model_state")
 """Keys under which training scripts put the state dict beside optimiser and epoch."""
@@ -114,6 +116,11 @@ class StoredTensor:
     view: Tensor
     """On the meta device: its shape, dtype, and offset and strides in that storage."""
 
+    @property
+    def place(self) -> Place:
+        """What its order among others is told from."""
+        return Place(str(self.file), self.offset, self.view.numel(), self.view.dtype)
+
 
 class StoredCheckpoint(Checkpoint):
     """Tensors that lie uncompressed in one or more files, and are read from there when asked for.
@@ -152,7 +159,7 @@ class SafetensorsCheckpoint(StoredCheckpoint):
         path: The file; or, for several, what names them (such as their index), for messages.
         files: The file of every key, for a checkpoint in shards; None takes all tensors of the file ``path``.
 
-    Keys come in ``natural_order``, and lose ``PREFIXES`` that all of them have.
+    Keys come in the order that ``order_of`` tells, and lose ``PREFIXES`` that all of them have.
 
     Raises:
         InputError: A file is missing, truncated, or no valid safetensors file, or lacks a key that it should have.
@@ -171,7 +178,7 @@ class SafetensorsCheckpoint(StoredCheckpoint):
             tensors = {key: headers[file][key] for key, file in files.items()}
         if not tensors:
             raise InputError(f"{path}: no tensors in it; save model.state_dict() there")
-        ordered = {key: tensors[key] for key in sorted(tensors, key=natural_order)}
+        ordered = {key: tensors[key] for key in order_of({key: each.place for key, each in tensors.items()})}
         super().__init__(path, _without_prefixes(ordered, PREFIXES))
 
 
@@ -180,7 +187,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     The format is recognised by the file's content, whatever its name. The state dict is found where it is nested in
     the file (see ``find_state_dict``), ``PREFIXES`` are undone, and entries that are no tensors are left out. Keys keep
-    the file's order; safetensors files keep none, so theirs are put in the order of ``natural_order``.
+    the file's order; those of safetensors files come in the order in which their values lie where that is their
+    writer's, and by name where the writer sorted them (see ``key_order``).
 
     Args:
         path: a safetensors file, or a file written by ``torch.save`` (zip or legacy format).
@@ -208,24 +216,6 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         InputError: as ``open_checkpoint``.
     """
     return open_checkpoint(path).state_dict()
-
-
-_TENSOR_ORDER = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-def natural_order(key: str) -> tuple[list[list[str | int]], int, str]:
-    """Sort key for keys of a state dict: ``layers.9`` before ``layers.10``, weight before bias as torch has them.
-
-    For files that do not keep the order of the state dict, such as safetensors. It is the order of a network whose
-    modules are numbered; where they are named (``conv1, bn1, conv2``) the original order cannot be known from the
-    names, but this one is always the same.
-    """
-    module, _, name = key.rpartition(".")
-    parts: list[list[str | int]] = [  # Python refuses to read numbers of thousands of digits
-        [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,18})", step)]
-        for step in module.split(".")
-    ]
-    return parts, _TENSOR_ORDER.index(name) if name in _TENSOR_ORDER else len(_TENSOR_ORDER), name
 
 
 # --- Finding the weights among what a file holds ----------------------------------------------------------------------
@@ -737,11 +727,8 @@ def _refuse_other_archives(path: str | Path, entries: list[zipfile.ZipInfo]) -> 
     names = {each.filename.partition("/")[2] for each in entries}
     if any(each.flag_bits & 1 for each in entries):
         raise InputError(f"{path}: is encrypted; decrypt it first, or remove it from the zoo")
-    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-        raise InputError(
-            f"{path}: is a TorchScript archive, which is a program, so it is refused; where you trust its author, save "
-            "torch.jit.load(path).state_dict() with torch.save or safetensors"
-        )
+    if (program := foreign.of_zip([each.filename for each in entries])) is not None:
+        raise InputError(f"{path}: {program.is_not_read}; {program.remedy_for()}")  # the same of each file of a zoo
     if "data.pkl" not in names:
         raise InputError(
             f"{path}: is a zip archive, but none that torch.save has written; unpack it, or remove it from the zoo"

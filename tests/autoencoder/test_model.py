@@ -366,9 +366,57 @@ def test_a_damaged_model_folder_is_named(tmp_path, damage, message):
         SANE.from_pretrained(tmp_path / "model")
 
 
+WHERE = r"; name the folder of a run \(results/runs/<run>\), or the folder model/ inside it, which holds config\.json"
+
+
 def test_a_missing_model_folder_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere is not a folder"):
+    with pytest.raises(InputError, match=rf"nowhere does not exist{WHERE}"):
         SANE.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "is empty"),
+        (["a.pt", "b.pt", "c.pt", "d.pt", "e.pt"], r"holds a\.pt, b\.pt, c\.pt and 2 more, and no model"),
+        (["a.pt", "sub/b.pt"], r"holds a\.pt, sub/, and no model"),
+        (["store.json", "models.parquet"], "is a token store"),
+        (["embeddings.json"], "holds embeddings"),
+        (["run.json", "history.jsonl"], r"is a run that has not written its model yet \(.*\)"),
+    ],
+)
+def test_a_folder_without_a_model_is_told_by_what_it_holds(tmp_path, files, message):
+    folder = tmp_path / "named" / "here"
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(InputError, match=rf"config\.json is missing: .*here {message}{WHERE}") as refusal:
+        SANE.from_pretrained(folder)
+    assert "near it" not in str(refusal.value)
+
+
+def test_runs_near_a_folder_without_a_model_are_listed(tmp_path):
+    runs = tmp_path / "runs"
+    for name in ("one", "two", "three", "four"):
+        SANE(CONFIG).save_pretrained(runs / name / "model")
+    SANE(CONFIG).save_pretrained(tmp_path / "alone")
+    (tmp_path / "model" / "config.json").mkdir(parents=True)  # no model
+    with pytest.raises(InputError) as refusal:
+        SANE.from_pretrained(runs)
+    assert str(refusal.value).endswith(f"; near it are {runs / 'four'}, {runs / 'one'}, {runs / 'three'} and 1 more")
+    with pytest.raises(InputError) as refusal:
+        SANE.from_pretrained(runs / "fuor")
+    assert "fuor does not exist; name the folder of a run" in str(refusal.value)
+    assert f"near it are {runs / 'four'}, " in str(refusal.value)
+    (runs / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty is empty.*near it are .*runs/four"):
+        SANE.from_pretrained(runs / "empty")
+    (runs / "file").touch()
+    with pytest.raises(InputError, match=r"file is a file; name the folder"):
+        SANE.from_pretrained(runs / "file")
+    with pytest.raises(InputError, match=r"near it are .*alone, .*runs/four"):
+        SANE.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["standardize", "minmax", "l2", "none"])

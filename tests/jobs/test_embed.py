@@ -102,7 +102,7 @@ def test_what_was_left_out_is_told_with_the_reason(made, tmp_path, capsys):
         ({}, "config field model is ''"),
         ({"model": "m"}, "name one of them"),
         ({"model": "m", "store": "s", "source": "z"}, "store is 's' and source is 'z'"),
-        ({"model": "nowhere", "store": "s"}, "s does not exist|nowhere is not a folder"),
+        ({"model": "nowhere", "store": "s"}, "s does not exist|nowhere does not exist"),
         ({"model": "s3://m", "store": "s"}, "object stores cannot be used directly"),
     ],
 )

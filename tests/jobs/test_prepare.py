@@ -91,8 +91,8 @@ def test_a_missing_zoo_is_one_sentence_and_status_2(tmp_path: Path):
     done = run("--source", str(tmp_path / "nowhere"), cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == (
-        f"error: --source {tmp_path / 'nowhere'} does not exist: name the folder of a zoo, or build one with "
-        "`python jobs/build_zoo.py`"
+        f"error: --source {tmp_path / 'nowhere'} does not exist: name the folder of a zoo or a checkpoint file, "
+        "or build one with `python jobs/build_zoo.py`"
     )
 
 

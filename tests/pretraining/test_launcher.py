@@ -150,7 +150,7 @@ def test_a_second_launch_finds_all_done(finished):
 def test_the_name_of_a_run_with_other_settings_is_refused(finished, store):
     _, job, storage = finished
     other = changed(job, pretraining={"learning_rate": 2e-2})
-    with pytest.raises(InputError, match=r"small.*pretraining\.learning_rate: 0\.01 -> 0\.02.*--run_name"):
+    with pytest.raises(InputError, match=r"small.*pretraining\.learning_rate: 0\.01 -> 0\.02.*--run-name"):
         pretrain(plan_run(other, store, storage), other)
 
 

@@ -22,7 +22,6 @@ from sane_ray.zoo.checkpoint import (
     StoredCheckpoint,
     find_state_dict,
     load_state_dict,
-    natural_order,
     open_checkpoint,
 )
 
@@ -51,14 +50,6 @@ def test_safetensors_keys_come_in_natural_order(tmp_path: Path):
     loaded = load_state_dict(tmp_path / "model.safetensors")
     assert list(loaded) == ["layer.2.weight", "layer.2.bias", "layer.2.running_var", "layer.10.weight"]
     assert torch.equal(loaded["layer.10.weight"], weights()["layer.10.weight"])
-
-
-def test_natural_order_is_that_of_numbered_modules():
-    entries = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    names = [f"layers.{index}.{name}" for index in range(12) for name in entries]
-    assert sorted(sorted(names), key=natural_order) == names
-    mixed = ["weight", "block2.weight", "block10.weight", "block10.0.weight", "block10.0.gamma"]
-    assert sorted(sorted(mixed), key=natural_order) == mixed
 
 
 def test_published_checkpoint_in_published_order(parity: Path):
@@ -648,7 +639,9 @@ def test_a_file_that_may_not_be_read(open_folder: Path, unprivileged, form: str)
 
 def test_torchscript_archives_are_refused_by_name(tmp_path: Path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "model.pt")
-    with pytest.raises(InputError, match=r"model\.pt: is a TorchScript archive.*torch\.jit\.load\(path\)\.state_dict"):
+    with pytest.raises(
+        InputError, match=r"model\.pt: is a TorchScript archive.*torch\.jit\.load.* FILE FILE\.safetensors$"
+    ):
         open_checkpoint(tmp_path / "model.pt")
 
 

@@ -18,6 +18,7 @@ from sane_ray.tokens.store.inspection import Found
 from sane_ray.tokens.store.layout import hints
 from sane_ray.tokens.store.text_table import table, value_range
 from sane_ray.tokens.symmetry import derive_symmetry
+from sane_ray.zoo import foreign
 from sane_ray.zoo.readers import Record
 from sane_ray.zoo.splits import SPLITS, assign_splits
 from sane_ray.zoo.tables import value_columns
@@ -56,6 +57,7 @@ def audit(
         _architectures(found),
         _left_out(found, left_out),
         _unclaimed(unclaimed),
+        _foreign(unclaimed, Path(source)),
         _duplicates(found, splits),
         _licenses(records),
         _lineage(records),
@@ -119,11 +121,19 @@ def _kind(reason: str, ids: set[str]) -> str:
 
 
 def _unclaimed(files: Sequence[str]) -> Iterator[str]:
-    if files:
+    readable = [name for name in files if foreign.by_suffix(name) is None]
+    if readable:
         yield (
-            f"passed over: {len(files):,} files that look like weights and are no checkpoint of this zoo, for example "
-            f"{', '.join(files[:_EXAMPLES])}; --reader files reads them"
+            f"passed over: {len(readable):,} files that look like weights and are no checkpoint of this zoo, for "
+            f"example {', '.join(readable[:_EXAMPLES])}; --reader files reads them"
         )
+
+
+def _foreign(files: Sequence[str], source: Path) -> Iterator[str]:
+    for known, names in foreign.by_format(files):
+        listed = ", ".join(names[:_EXAMPLES]) + (", …" if len(names) > _EXAMPLES else "")
+        remedy = known.remedy_for(source / names[0])
+        yield f"not read: {len(names):,} files ({listed}), each {known.is_not_read}; {remedy}"
 
 
 def _duplicates(found: Found, splits: Mapping[str, str]) -> Iterator[str]:

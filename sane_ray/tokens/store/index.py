@@ -32,6 +32,7 @@ from sane_ray.tokens.store.reading import (
     file_digest,
     json_digest,
 )
+from sane_ray.zoo import foreign
 from sane_ray.zoo.catalog import value_columns, write_catalog
 from sane_ray.zoo.readers import Record
 from sane_ray.zoo.tables import clean_text, text_column
@@ -137,7 +138,7 @@ def write_store_catalog(
     not_read = [
         (
             Record(name, name, 0, str(inputs.source / name), reader="files"),
-            f"not read: the source was read as {readers}",
+            known.is_not_read if (known := foreign.by_suffix(name)) else f"not read: the source was read as {readers}",
         )
         for name in map(clean_text, unread)
     ]

@@ -171,3 +171,16 @@ def test_long_lists_are_cut():
     text = audit(zoo(zoo_records, ["same"] * 30), [], CONFIG, source="/zoo")
     assert section(text, "licence")[-1] == "  and 10 more licences"
     assert section(text, "duplicates")[-1].endswith("m4/0 and 25 more")
+
+
+def test_files_of_formats_that_are_not_read():
+    names = [*(f"x{i}.onnx" for i in range(7)), "y.jit", "z.pt"]
+    text = audit(zoo(records(2)), [], CONFIG, source="/zoo", unclaimed=names)
+    graphs, script = section(text, "not read")
+    assert graphs.startswith(
+        "not read: 7 files (x0.onnx, x1.onnx, x2.onnx, x3.onnx, x4.onnx, …), each is an ONNX graph"
+    )
+    assert script.startswith("not read: 1 files (y.jit), each is a TorchScript archive")
+    assert "torch.jit.load" in script and script.endswith("/zoo/y.jit /zoo/y.safetensors")
+    (line,) = section(text, "passed over")
+    assert line.startswith("passed over: 1 files") and "z.pt" in line
