@@ -15,7 +15,7 @@ EXAMPLES = """examples:
       the whole line on built-in images: zoo, token store, training, in minutes on a laptop
   python jobs/pretrain.py --store STORE --preset cnn --cluster.num_workers 4
       your own store (jobs/prepare.py --tokens.token_size 289), the published CNN setting, four workers
-  python jobs/pretrain.py --print_config > my.yaml; python jobs/pretrain.py --config my.yaml
+  python jobs/pretrain.py --print-config > my.yaml; python jobs/pretrain.py --config my.yaml
       keep a config in a file
   ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/pretrain.py
       the same job on a cluster
