@@ -143,15 +143,16 @@ def along_depth(profiles: Profiles, first: str, second: str, kind: str = "spearm
         second: Another.
         kind: ``spearman`` (of ranks) or ``pearson``.
     """
-    from scipy.stats import pearsonr, spearmanr
+    from scipy.stats import rankdata
 
-    correlate, found = {"spearman": spearmanr, "pearson": pearsonr}[kind], np.full(len(profiles.ids), np.nan)
+    ranked, found = {"spearman": True, "pearson": False}[kind], np.full(len(profiles.ids), np.nan)
     one_RK, other_RK = profiles.measures[first], profiles.measures[second]
     known_RK = np.isfinite(one_RK) & np.isfinite(other_RK)
     for row in np.flatnonzero(known_RK.sum(axis=1) >= LEAST_LAYERS):
         one, other = one_RK[row, known_RK[row]], other_RK[row, known_RK[row]]
         if _varies(one) and _varies(other):
-            found[row] = float(correlate(one, other).statistic)
+            pair = (rankdata(one), rankdata(other)) if ranked else (one, other)
+            found[row] = float(np.corrcoef(*pair)[0, 1])
     return found
 
 

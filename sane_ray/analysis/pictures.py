@@ -84,7 +84,7 @@ def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | Non
     counts = Counter(models["architecture"].to_pylist())
     found = {name: profiles(embeddings, name, spectra) for name, _ in counts.most_common(MOST_ARCHITECTURES)}
     commonest, of_commonest = next(iter(found.items()))
-    note = _unknown(embeddings, found)
+    note = unknown(embeddings, found)
     if len(models) == 1:
         _, mean_RKL = embeddings.layer_vectors("mean", commonest)
         measures = {name: values[0] for name, values in of_commonest.measures.items()}
@@ -94,7 +94,7 @@ def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | Non
         return drawn + write_tables(folder, models, found)
     drawn = _draw_zoo(embeddings, folder, found)
     title = f"{len(of_commonest.ids):,} networks of architecture {shorten(commonest, 50)}"
-    note_here = _unknown(embeddings, [commonest])
+    note_here = unknown(embeddings, [commonest])
     drawn += save(depth_figure(of_commonest.layers, of_commonest.measures, title, note_here), folder / "depth.png")
     if len(found) > 1:
         drawn += save(family_figure({name: one.measures for name, one in found.items()}, note), folder / "family.png")
@@ -123,8 +123,13 @@ def network_title(embeddings: Embeddings, layers: int) -> str:
     return ", ".join([shorten("/".join(names[-2:]) or identifier, 48), *said, count])
 
 
-def _unknown(embeddings: Embeddings, architectures: Collection[str]) -> str:
-    """A sentence on the architectures that the model was not trained on; none if it knows all of them."""
+def unknown(embeddings: Embeddings, architectures: Collection[str]) -> str:
+    """A sentence on the architectures that the model was not trained on; none if it knows all of them.
+
+    Args:
+        embeddings: Whose index says so.
+        architectures: Of what is drawn.
+    """
     trained = embeddings.index.get("trained_on", {})
     unknown = [name for name in architectures if trained.get(name) is False]
     if not unknown:

@@ -20,7 +20,7 @@ CAPTIONS = {
     "tsne": "The same networks by t-SNE: those beside each other are alike. Neither the axes nor far distances nor the "
     "sizes of clusters mean anything.",
     "spectra": "Statistics of each layer's embeddings (blue) and spectra of its weights (orange) along depth, each to "
-    "its own scale. r is Pearson's correlation over the layers; without a number it is not defined.",
+    "its own scale. r is Pearson's correlation over the layers; a blank one is not defined.",
     "depth": "Layers from front to back: what embeddings say of them (blue) and spectra of the weights (orange).",
     "family": "Architectures along relative depth, the median network of each: what is common to all of them, and not.",
     "network": "The network layer by layer: its embeddings, and how well its weights are reconstructed.",

@@ -181,7 +181,7 @@ def write_tables(
         "depth": {name: {"layers": len(one.layers), "correlations": correlations(one)} for name, one in found.items()},
     }
     related = correlation_table(found)
-    if len(related):
+    if any(related["networks"].to_pylist()):
         tables["correlations"] = related
         if len(found) > 1:
             summary["correlations"] = correlations(*found.values())

@@ -160,6 +160,7 @@ def network_figure(
         _amounts(axes, name, depth, np.asarray(measures[name], float))
         label_axes(axes, MEASURES[name], ylabel="")
     _name_layers(panels[-1, 0], layers)
+    _explain_marks(panels[-1, 0], {name: np.asarray(measures[name], float) for name in shown})
     headline(figure, title, note)
     return figure
 
@@ -305,11 +306,22 @@ def _amounts(axes: Axes, name: str, depth: NDArray[np.int64], values_K: Array) -
         axes.plot(depth, values_K, color=colour, marker="o", markersize=3.5, linewidth=1.2)
     if not known.all():
         edge = axes.get_xaxis_transform()
-        none = np.full((~known).sum(), 0.06)
-        axes.plot(depth[~known], none, "x", color=GREY, markersize=3.5, transform=edge, label="_none", zorder=3)
+        none = np.zeros((~known).sum())
+        axes.plot(
+            depth[~known], none, "x", color=GREY, markersize=3.5, transform=edge, label="_none", zorder=3, clip_on=False
+        )
     low = depth[values_K < LEAST_VARIANCE] if name == "explained_variance" else depth[:0]
     axes.plot(low, np.full(len(low), LEAST_VARIANCE), "v", color=INK, markersize=5, label="_below", zorder=3)
     _bound(axes, name)
+
+
+def _explain_marks(axes: Axes, shown: Mapping[str, Array]) -> None:
+    """What crosses and arrows mean, below the name of the axis, where there are any."""
+    said = ["×: no value"] if any(not np.isfinite(values).all() for values in shown.values()) else []
+    if (shown.get("explained_variance", np.zeros(1)) < LEAST_VARIANCE).any():
+        said.append(f"▼: below {LEAST_VARIANCE:g}")
+    if said:
+        axes.set_xlabel(f"{axes.get_xlabel()}   ({', '.join(said)})", color=INK)
 
 
 def _bound(axes: Axes, name: str) -> None:

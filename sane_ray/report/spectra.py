@@ -45,7 +45,7 @@ def spectra_figure(
     """A row a statistic of embeddings, a column a spectral feature: both along depth, each to its own scale.
 
     Above each panel is Pearson's correlation over a network's layers, of several networks its mean and deviation; none
-    where it is not defined. Curves are those of the median network of each architecture.
+    where it is not defined; such a panel is blank, and a row or column of none but those is left out. Curves are those of the median network of each architecture.
 
     Args:
         measures_of: By architecture, measures [R, K].
@@ -53,22 +53,23 @@ def spectra_figure(
         title: Of the figure.
         note: Below it.
     """
-    told = {(row["statistic"], row["feature"]): row for row in correlations}
-    shown = [name for name in STATISTICS if any(pair[0] == name and _any(measures_of, *pair) for pair in told)]
-    columns = [name for name in FEATURES if any(pair[1] == name and _any(measures_of, *pair) for pair in told)]
+    told = {(row["statistic"], row["feature"]): row for row in correlations if row["pearson"] is not None}
+    shown = [name for name in STATISTICS if any(name == statistic for statistic, _ in told)]
+    columns = [name for name in FEATURES if any(name == feature for _, feature in told)]
     rows = max(1, len(shown))
     size = (1.0 + 2.05 * max(2, len(columns)), 1.5 + 1.35 * rows)
     figure, panels = new_figure(rows, max(1, len(columns)), size, squeeze=False, sharex=True)
     for place, statistic in enumerate(shown):
         for axes, feature in zip(panels[place], columns, strict=True):
-            _pair(axes, measures_of, statistic, feature)
+            row = told.get((statistic, feature))
+            _pair(axes, measures_of if row else {}, statistic, feature)
             head = f"{FEATURES[feature]}\n" if place == 0 else ""
-            axes.set_title(head + number_of(told[statistic, feature]), loc="left", fontsize=9.5, color=INK)
+            axes.set_title(head + (number_of(row) if row else ""), loc="left", fontsize=9.5, color=INK)
         panels[place, 0].set_ylabel(STATISTICS[statistic], color=BLUE, fontsize=9)
     _name_depth(panels[-1], measures_of)
     handles = [
-        panels[0, 0].plot([], [], color=BLUE, label="statistic of embeddings")[0],
-        panels[0, 0].plot([], [], color=ORANGE, label="spectral feature of the weights")[0],
+        panels[0, 0].plot([], [], "-o", markersize=3, color=BLUE, label="statistic of embeddings")[0],
+        panels[0, 0].plot([], [], "-o", markersize=3, color=ORANGE, label="spectral feature of the weights")[0],
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     headline(figure, title, note)
@@ -83,10 +84,6 @@ def number_of(row: Row) -> str:
     return f"r = {row['pearson']:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 
-def _any(measures_of: Mapping[str, Mapping[str, Array]], statistic: str, feature: str) -> bool:
-    return any(_both(of, statistic, feature).any() for of in measures_of.values())
-
-
 def _both(of: Mapping[str, Array], statistic: str, feature: str) -> NDArray[np.bool_]:
     if statistic not in of or feature not in of:
         return np.zeros((1, 1), bool)
@@ -94,6 +91,7 @@ def _both(of: Mapping[str, Array], statistic: str, feature: str) -> NDArray[np.b
 
 
 def _pair(axes: Axes, measures_of: Mapping[str, Mapping[str, Array]], statistic: str, feature: str) -> None:
+    """Curves of the median networks; few layers would lie on each other whatever they say, so not where r is none."""
     faint = len(measures_of) > 1
     for of in measures_of.values():
         known_RK = _both(of, statistic, feature)

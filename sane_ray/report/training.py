@@ -68,7 +68,7 @@ def plot_reconstruction(
 
 
 def plot_accuracies(original: np.ndarray, reconstructed: np.ndarray, path: Path) -> list[Path]:
-    """Draws the accuracy of checkpoints against that of their reconstructions; see `accuracies_figure`, `plot_losses`."""
+    """Draws the accuracy of checkpoints against that of reconstructions; see `accuracies_figure` and `plot_losses`."""
     return save(accuracies_figure(original, reconstructed), path)
 
 
