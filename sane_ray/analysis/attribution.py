@@ -43,6 +43,8 @@ class Importance(NamedTuple):
     """Mean loss of R^2 on test rows."""
     deviation: float
     """Over the permutations."""
+    moved: float = float("nan")
+    """How far it moves predictions: deviation of its ``Contributions`` over test rows, in the property's units."""
 
 
 class Contributions(NamedTuple):
@@ -170,7 +172,11 @@ def layers_behind(
         def build(values: Features) -> Probe:
             return BlockRidge(values, models_R)
 
-        found[name] = importances(build, blocks, target.values_R, (part.train, part.val, part.test), seed=seed)
+        splits = (part.train, part.val, part.test)
+        worth = importances(build, blocks, target.values_R, splits, seed=seed)
+        added = contributions(build, blocks, target.values_R, splits, seed=seed)
+        moved = dict(zip(added.groups, added.moved_nG.std(axis=0).tolist(), strict=True))
+        found[name] = [one._replace(moved=moved[one.group]) for one in worth]
     return found
 
 

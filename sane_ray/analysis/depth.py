@@ -27,6 +27,12 @@ Array = NDArray[np.float64]
 LARGEST_MATRIX = 4096 * 4096
 """Singular values of larger matrices take minutes, and are left out."""
 
+LEAST_LAYERS = 3
+"""Of fewer layers no correlation is told."""
+
+LEAST_VARIATION = 1e-9
+"""Relative to the largest value: what varies less is constant but for rounding."""
+
 MOST_STORED, MOST_STORED_WEIGHTS = 48, 500_000_000
 """Networks of a store, and weights of them in all, whose singular values are computed."""
 
@@ -55,6 +61,7 @@ def profiles(
       NaN for a layer of one token;
     * ``norm``: length of the mean embedding;
     * ``error``: squared error of the reconstructed weights, as normalised;
+    * ``explained_variance``: 1 - that error / the variance of those weights, where the embeddings have it;
     * with ``spectra``, those of ``NAMES`` that are given.
 
     Args:
@@ -73,6 +80,8 @@ def profiles(
         "norm": np.linalg.norm(mean_RKL, axis=2).astype(np.float64),
         "error": _floats(rows["reconstruction_mse"]).reshape(len(ids), -1),
     }
+    if "explained_variance" in rows.column_names:
+        measures["explained_variance"] = _floats(rows["explained_variance"]).reshape(len(ids), -1)
     known, empty = spectra or {}, np.full(len(layers), np.nan)
     for metric in NAMES if known else ():
         measures[metric] = np.stack([known[one].get(metric, empty) if one in known else empty for one in ids])
@@ -123,16 +132,32 @@ def last_rows(models: Sequence[Any], epochs: Sequence[int | None]) -> list[int]:
     return list(last.values())
 
 
-def along_depth(profiles: Profiles, first: str, second: str) -> Array:
-    """Spearman's rank correlation of two measures over each network's layers, [R]; NaN with fewer than 4 layers."""
-    from scipy.stats import spearmanr
+def along_depth(profiles: Profiles, first: str, second: str, kind: str = "spearman") -> Array:
+    """Correlation of two measures over each network's layers, [R].
 
-    found = []
-    for one, other in zip(profiles.measures[first], profiles.measures[second], strict=True):
-        known = np.isfinite(one) & np.isfinite(other)
-        enough = known.sum() >= 4 and np.ptp(one[known]) > 0 and np.ptp(other[known]) > 0
-        found.append(float(spearmanr(one[known], other[known]).statistic) if enough else np.nan)
-    return np.array(found)
+    NaN where fewer than ``LEAST_LAYERS`` layers have both, or one of them is the same for all of these.
+
+    Args:
+        profiles: Of networks of one architecture.
+        first: A measure.
+        second: Another.
+        kind: ``spearman`` (of ranks) or ``pearson``.
+    """
+    from scipy.stats import rankdata
+
+    ranked, found = {"spearman": True, "pearson": False}[kind], np.full(len(profiles.ids), np.nan)
+    one_RK, other_RK = profiles.measures[first], profiles.measures[second]
+    known_RK = np.isfinite(one_RK) & np.isfinite(other_RK)
+    for row in np.flatnonzero(known_RK.sum(axis=1) >= LEAST_LAYERS):
+        one, other = one_RK[row, known_RK[row]], other_RK[row, known_RK[row]]
+        if _varies(one) and _varies(other):
+            pair = (rankdata(one), rankdata(other)) if ranked else (one, other)
+            found[row] = float(np.corrcoef(*pair)[0, 1])
+    return found
+
+
+def _varies(values: Array) -> bool:
+    return bool(np.ptp(values) > LEAST_VARIATION * np.abs(values).max())
 
 
 def _floats(column: object) -> Array:

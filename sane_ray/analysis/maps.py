@@ -18,6 +18,11 @@ Array = NDArray[np.float64]
 
 LEAST_SPREAD = 1e-8
 
+LEAST_CLOSE, MOST_CLOSE = 5, 3000
+"""Networks on a map by t-SNE: of fewer it shows nothing, of more it takes minutes, so it is of a sample."""
+
+PERPLEXITY = 30
+
 
 class Map(NamedTuple):
     """Networks as points of a plane."""
@@ -59,6 +64,34 @@ def principal_map(places_RF: Array) -> Map:
     if points.shape[1] == 1:
         points = np.concatenate([points, np.zeros_like(points)], axis=1)
     return Map(points, (shares[0], shares[1]))
+
+
+def close_map(places_RF: Array, seed: int = 0) -> Array | None:
+    """The plane of t-SNE (van der Maaten & Hinton 2008), which keeps near networks near; far distances mean nothing.
+
+    Begins at the principal components, and takes a third of the networks for the perplexity where these are few.
+
+    Args:
+        places_RF: Of ``places``.
+        seed: Of the sample of ``MOST_CLOSE`` networks and of t-SNE.
+
+    Returns:
+        [R, 2], NaN for networks that are not of the sample; None where there are too few that differ.
+    """
+    from sklearn.manifold import TSNE
+
+    if len(places_RF) < LEAST_CLOSE or places_RF.shape[1] == 0:
+        return None
+    rows = np.arange(len(places_RF))
+    if len(rows) > MOST_CLOSE:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MOST_CLOSE, replace=False))
+    start = principal_map(places_RF[rows]).points_R2
+    start = (start / max(float(start[:, 0].std()), LEAST_SPREAD) * 1e-4).astype(np.float32)
+    perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
+    found = TSNE(2, perplexity=perplexity, init=start, random_state=seed).fit_transform(places_RF[rows])
+    points = np.full((len(places_RF), 2), np.nan)
+    points[rows] = found
+    return points
 
 
 def nearest(

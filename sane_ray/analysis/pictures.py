@@ -5,10 +5,12 @@ Reads the folders that those jobs write; never starts Ray. What there is too lit
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +19,10 @@ from numpy.typing import NDArray
 
 from sane_ray.analysis.attribution import Importance
 from sane_ray.analysis.depth import Profiles, profiles
-from sane_ray.analysis.maps import places, principal_map
-from sane_ray.analysis.tables import write_tables
+from sane_ray.analysis.maps import close_map, places, principal_map
+from sane_ray.analysis.tables import correlations, write_tables
 from sane_ray.embedding import Embeddings
+from sane_ray.report.protocols import epochs_figure, has_epochs, has_transfer, transfer_figure
 from sane_ray.report.reading import (
     depth_figure,
     family_figure,
@@ -29,7 +32,11 @@ from sane_ray.report.reading import (
     predictions_figure,
     scores_figure,
 )
+from sane_ray.report.spectra import spectra_figure
 from sane_ray.report.style import save, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Spectra = Mapping[str, Mapping[str, NDArray[np.float64]]]
 
@@ -40,11 +47,22 @@ MOST_ARCHITECTURES = 8
 """Of a family, the commonest ones."""
 
 PROPERTIES = ("test_acc", "epoch", "ggap")
+NAMELESS = re.compile(
+    r"(checkpoints?|model|pytorch_model|state_dict|weights|last|best|final|latest)?[-_.\d]*(\.(safetensors|pt|pth|bin|ckpt))?"
+)
+"""Names of files and folders that say nothing of the network in them."""
+
 METRICS = {
     "r2": "R² on test networks",
     "tau": "Kendall's tau on test networks",
     "accuracy": "accuracy on test networks",
 }
+
+
+IMPORTANCES = pa.schema(
+    [("target", pa.string()), ("group", pa.string())]
+    + [(name, pa.float64()) for name in ("drop", "deviation", "moved")]
+)
 
 
 def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | None = None) -> list[Path]:
@@ -66,19 +84,73 @@ def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | Non
     counts = Counter(models["architecture"].to_pylist())
     found = {name: profiles(embeddings, name, spectra) for name, _ in counts.most_common(MOST_ARCHITECTURES)}
     commonest, of_commonest = next(iter(found.items()))
+    note = unknown(embeddings, found)
     if len(models) == 1:
         _, mean_RKL = embeddings.layer_vectors("mean", commonest)
         measures = {name: values[0] for name, values in of_commonest.measures.items()}
-        title = f"{shorten(of_commonest.ids[0], 70)}, {len(of_commonest.layers)} layers"
-        title = title.removesuffix("s") if len(of_commonest.layers) == 1 else title
-        written = save(network_figure(of_commonest.layers, mean_RKL[0], measures, title), folder / "network.png")
-        return written + write_tables(folder, models, found)
+        title = network_title(embeddings, len(of_commonest.layers))
+        drawn = save(network_figure(of_commonest.layers, mean_RKL[0], measures, title, note), folder / "network.png")
+        drawn += _draw_spectra(folder, found, note)
+        return drawn + write_tables(folder, models, found)
     drawn = _draw_zoo(embeddings, folder, found)
     title = f"{len(of_commonest.ids):,} networks of architecture {shorten(commonest, 50)}"
-    drawn += save(depth_figure(of_commonest.layers, of_commonest.measures, title), folder / "depth.png")
+    note_here = unknown(embeddings, [commonest])
+    drawn += save(depth_figure(of_commonest.layers, of_commonest.measures, title, note_here), folder / "depth.png")
     if len(found) > 1:
-        drawn += save(family_figure({name: one.measures for name, one in found.items()}), folder / "family.png")
-    return drawn
+        drawn += save(family_figure({name: one.measures for name, one in found.items()}, note), folder / "family.png")
+    return drawn + _draw_spectra(folder, found, note)
+
+
+def network_title(embeddings: Embeddings, layers: int) -> str:
+    """The only network's name, its known properties, and how many layers it has.
+
+    A checkpoint is often a file whose name says nothing (``checkpoint_000005/checkpoints``); then the folders above it
+    tell more than its id.
+
+    Args:
+        embeddings: Of one network.
+        layers: How many.
+    """
+    row, source = embeddings.models.to_pylist()[0], embeddings.index.get("source", {})
+    identifier = str(row["model"] or row["id"])
+    names = [part for part in identifier.split("/") if not NAMELESS.fullmatch(part)]
+    if not names and source.get("path"):
+        path = Path(source["path"])
+        names = [part for part in (*path.parts[1:-1], path.stem) if not NAMELESS.fullmatch(part)][-1:]
+    known = {name: values[0] for name in PROPERTIES if (values := column(embeddings.models, name)) is not None}
+    said = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in known.items() if value is not None]
+    count = f"{layers} layer" + "s" * (layers != 1)
+    return ", ".join([shorten("/".join(names[-2:]) or identifier, 48), *said, count])
+
+
+def unknown(embeddings: Embeddings, architectures: Collection[str]) -> str:
+    """A sentence on the architectures that the model was not trained on; none if it knows all of them.
+
+    Args:
+        embeddings: Whose index says so.
+        architectures: Of what is drawn.
+    """
+    trained = embeddings.index.get("trained_on", {})
+    unknown = [name for name in architectures if trained.get(name) is False]
+    if not unknown:
+        return ""
+    which = "this architecture"
+    if len(architectures) > 1:
+        which = "any of these" if len(unknown) == len(architectures) else ", ".join(shorten(n, 24) for n in unknown)
+    return f"The model was not trained on {which}: embeddings say no more than the explained variance allows."
+
+
+def _draw_spectra(folder: Path, found: Mapping[str, Profiles], note: str) -> list[Path]:
+    """Statistics of embeddings against spectra, where weights were at hand and any correlation is defined."""
+    rows = correlations(*found.values())
+    count = max((row["networks"] for row in rows), default=0)
+    if not count:
+        return []
+    title = "Embeddings and spectra of the weights along depth"
+    if count > 1:
+        title += f": mean ± deviation of r over {count:,} networks"
+    measures = {name: one.measures for name, one in found.items()}
+    return save(spectra_figure(measures, rows, title, note), folder / "spectra.png")
 
 
 def _draw_zoo(embeddings: Embeddings, folder: Path, found: Mapping[str, Profiles]) -> list[Path]:
@@ -91,9 +163,22 @@ def _draw_zoo(embeddings: Embeddings, folder: Path, found: Mapping[str, Profiles
         return write_tables(folder, embeddings.models, found)
     shown, table = principal_map(where), embeddings.models.take(pa.array(rows))
     colours = {name: values for name in PROPERTIES if (values := column(table, name)) is not None}
-    models = table["model"].to_pylist()
-    figure = map_figure(shown.points_R2, colours or {"networks": [0.0] * len(rows)}, shown.explained, models)
-    return save(figure, folder / "map.png") + write_tables(folder, table, found, shown, where, colours)
+    colours, models = colours or {"networks": [0.0] * len(rows)}, table["model"].to_pylist()
+    drawn = save(map_figure(shown.points_R2, colours, shown.explained, models), folder / "map.png")
+    close_R2 = close_map(where)
+    if close_R2 is not None:
+        drawn += save(_close_figure(close_R2, colours, models), folder / "tsne.png")
+    known = {name: values for name, values in colours.items() if name in PROPERTIES}
+    return drawn + write_tables(folder, table, found, shown, where, known, close_R2)
+
+
+def _close_figure(close_R2: NDArray[np.float64], colours: Mapping[str, Sequence[Any]], models: Sequence[Any]) -> Figure:
+    """The map by t-SNE of those networks that are on it."""
+    rows = np.flatnonzero(np.isfinite(close_R2[:, 0]))
+    some = {name: [values[row] for row in rows] for name, values in colours.items()}
+    note = f"a sample: {len(rows):,} of {len(close_R2):,} checkpoints" if len(rows) < len(close_R2) else ""
+    title = "t-SNE: near networks are alike, far distances mean nothing"
+    return map_figure(close_R2[rows], some, None, [models[row] for row in rows], title=title, note=note)
 
 
 def column(table: pa.Table, name: str) -> list[Any] | None:
@@ -111,7 +196,9 @@ def column(table: pa.Table, name: str) -> list[Any] | None:
 def draw_predictions(
     results: Path, folder: Path, importances: Mapping[str, Sequence[Importance]] | None = None
 ) -> list[Path]:
-    """Draws scores with their intervals, predictions against the truth, and what layers are worth.
+    """Draws scores with their intervals, predictions against the truth, what layers are worth, and other protocols.
+
+    Writes ``importances.parquet`` beside, where importances are given.
 
     Args:
         results: Folder that jobs/predict.py wrote.
@@ -121,7 +208,8 @@ def draw_predictions(
     Returns:
         The files written.
     """
-    rows = [row for row in pq.read_table(results / "results.parquet").to_pylist() if row["protocol"] == "split"]
+    every = pq.read_table(results / "results.parquet").to_pylist()
+    rows = [row for row in every if row["protocol"] == "split"]
     written: list[Path] = []
     for metric, label in METRICS.items():
         if any(row[metric] is not None for row in rows):
@@ -131,7 +219,29 @@ def draw_predictions(
         written += save(predictions_figure(panels), folder / "predictions.png")
     if importances:
         written += save(importances_figure(importances), folder / "layers.png")
+        pq.write_table(importance_table(importances), folder / "importances.parquet")
+        written.append(folder / "importances.parquet")
+    if has_epochs(every):
+        written += save(epochs_figure(every), folder / "epochs.png")
+    if has_transfer(every):
+        written += save(transfer_figure(every, _zoos(results)), folder / "transfer.png")
     return written
+
+
+def importance_table(importances: Mapping[str, Sequence[Importance]]) -> pa.Table:
+    """A row a property and layer: loss of R², its deviation, and how far the layer moves predictions.
+
+    Args:
+        importances: By property, the most important first.
+    """
+    rows = [{"target": target} | one._asdict() for target, found in importances.items() for one in found]
+    return pa.Table.from_pylist(rows, IMPORTANCES)
+
+
+def _zoos(results: Path) -> list[str]:
+    path = results / "results.json"
+    zoos = json.loads(path.read_text(encoding="utf-8"))["zoos"] if path.is_file() else []
+    return [zoo["name"] for zoo in zoos]
 
 
 def best_row(rows: Sequence[Mapping[str, Any]], target: str) -> Mapping[str, Any] | None:

@@ -9,11 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from sane_ray.report.page import Block, Bold, Code, Folded, Items, Picture, Section, Table, Text, number, write_report
+from sane_ray.report.spectra import FEATURES, STATISTICS, number_of
 
 CAPTIONS = {
     "map": "Networks by their embeddings: the plane of the two directions in which they differ most. Lines join the "
     "checkpoints of one model. Colours that change smoothly mean that embeddings know the property.",
+    "tsne": "The same networks by t-SNE: those beside each other are alike. Neither the axes nor far distances nor the "
+    "sizes of clusters mean anything.",
+    "spectra": "Statistics of each layer's embeddings (blue) and spectra of its weights (orange) along depth, each to "
+    "its own scale. r is Pearson's correlation over the layers; a blank one is not defined.",
     "depth": "Layers from front to back: what embeddings say of them (blue) and spectra of the weights (orange).",
     "family": "Architectures along relative depth, the median network of each: what is common to all of them, and not.",
     "network": "The network layer by layer: its embeddings, and how well its weights are reconstructed.",
@@ -23,8 +30,13 @@ CAPTIONS = {
     "accuracy": "Fraction of test networks whose category is right, with 95 % intervals.",
     "predictions": "Test networks by the fit that validation liked best: on the dashed line, predictions are exact.",
     "layers": "What each layer is worth: how much R² falls when its features are exchanged among test networks.",
+    "epochs": "R² at an epoch that no network of training or validation was of. An arrow is a fit worse than -0.5.",
+    "transfer": "R² with training networks of one zoo (rows) and test networks of another (columns).",
 }
 """What to look for in each picture, by its file's name."""
+
+MOST_LAYERS = 30
+"""Of a table of layers."""
 
 LABELS = {"r2": "R²", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
 RANKS = ("r2", "tau")
@@ -38,7 +50,8 @@ def write_prediction_report(
 
     Args:
         results: Content of results.json.
-        pictures: PNG files, in the order in which they are to be seen.
+        pictures: PNG files, in the order in which they are to be seen; ``importances.parquet`` and
+            ``correlations.parquet`` among them become tables, and other files are left out.
         path: File to write.
         command: What made the results, for whoever wants them again.
     """
@@ -49,6 +62,8 @@ def write_prediction_report(
         Section("Is SANE worth it?", [Items(results["verdict"])] if results["verdict"] else []),
         Section("How well properties are read", list(score_tables(own))),
         Section("Pictures", [Picture(path, CAPTIONS.get(path.stem, "")) for path in pictures if path.suffix == ".png"]),
+        Section("What layers add", list(layer_tables(pictures))),
+        Section("Embeddings and spectra of the weights", list(spectra_tables(pictures))),
         Section("Other protocols", list(other_tables(rows))),
         Section("What validation chose", choices(own)),
         Section("Notes", [Items(results["notes"])] if results["notes"] else []),
@@ -116,6 +131,59 @@ def other_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
         lines = [[part, *(number(cells.get((part, name))) for name in features)] for part in parts]
         blocks.append(Table(["", *features], lines, f"{protocol}, {target}, {probe}: R²"))
     return [Folded(f"{len(blocks)} tables", blocks)] if len(blocks) > 2 else blocks
+
+
+def layer_tables(files: Sequence[Path]) -> list[Block]:
+    """What each layer is worth, and what it adds to single predictions: a table a property.
+
+    Args:
+        files: Among which ``importances.parquet`` may be.
+    """
+    rows = _rows(files, "importances")
+    tables: list[Block] = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        mine = [row for row in rows if row["target"] == target]
+        some = [[row["group"], number(row["drop"]), number(row["moved"])] for row in mine[:MOST_LAYERS]]
+        more = f", {MOST_LAYERS} of {len(mine)} layers" if len(mine) > MOST_LAYERS else ""
+        tables.append(Table(["layer", "loss of R²", "moves a prediction by"], some, f"{target}{more}"))
+    said = (
+        "What a layer adds to a prediction is the difference that its features make to those of the typical "
+        "training network. The last column is how much that varies over test networks, in the property's units."
+    )
+    if not tables:
+        return []
+    return [Text(said), *([Folded(f"{len(tables)} tables", tables)] if len(tables) > 1 else tables)]
+
+
+def spectra_tables(files: Sequence[Path]) -> list[Block]:
+    """Pearson's correlations along depth: a table an architecture, a line a statistic, a column a spectral feature.
+
+    Args:
+        files: Among which ``correlations.parquet`` may be.
+    """
+    rows = _rows(files, "correlations")
+    tables: list[Block] = []
+    names = list(dict.fromkeys(row["architecture"] for row in rows))
+    for name in sorted(names, key=bool):  # all architectures together come first
+        mine = [row for row in rows if row["architecture"] == name]
+        count = max(row["networks"] for row in mine)
+        cells = {(row["statistic"], row["feature"]): _correlation(row) for row in mine}
+        lines = [[STATISTICS[one].replace("\n", " "), *(cells.get((one, f), "") for f in FEATURES)]
+                 for one in STATISTICS if any(row["statistic"] == one for row in mine)]  # fmt: skip
+        caption = f"{name or 'all architectures'} ({count:,} network{'s' * (count != 1)})"
+        if count:
+            tables.append(Table(["Pearson's r", *FEATURES.values()], lines, caption))
+    if len(tables) < 3:
+        return tables
+    return [tables[0], Folded(f"{len(tables) - 1} architectures", tables[1:])]
+
+
+def _correlation(row: Mapping[str, Any]) -> str:
+    return number_of(row).removeprefix("r = ")
+
+
+def _rows(files: Sequence[Path], stem: str) -> list[dict[str, Any]]:
+    return [row for file in files if file.name == f"{stem}.parquet" for row in pq.read_table(file).to_pylist()]
 
 
 def _made(results: Mapping[str, Any], command: str) -> list[Block]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sane_ray.analysis.depth import Profiles, along_depth, last_rows
 from sane_ray.analysis.maps import Map, nearest, typical_distance
+from sane_ray.properties.spectral import NAMES
 
 MOST_ASKED = 2000
 """Networks at most whose neighbours are looked up."""
@@ -26,7 +27,15 @@ NEIGHBOURS = pa.schema(
     [("id", _TEXT), ("rank", pa.int64()), ("neighbour", _TEXT), ("model", _TEXT), ("distance", pa.float64())]
 )
 
-OF_EMBEDDINGS, OF_WEIGHTS = ("spread", "norm", "error"), ("log_spectral_norm", "alpha_weighted", "stable_rank")
+OF_EMBEDDINGS, OF_WEIGHTS = ("spread", "norm", "error", "explained_variance"), NAMES
+"""Statistics of a layer's embeddings, and spectral features of its weights."""
+
+_NUMBER = pa.float64()
+_CORRELATED = ("pearson", "pearson_deviation", "spearman", "spearman_q25", "spearman_q75")
+CORRELATIONS = pa.schema(
+    [("architecture", _TEXT), ("statistic", _TEXT), ("feature", _TEXT), ("networks", pa.int64())]
+    + [(name, _NUMBER) for name in _CORRELATED]
+)
 
 
 def depth_table(found: Mapping[str, Profiles]) -> pa.Table:
@@ -49,23 +58,50 @@ def depth_table(found: Mapping[str, Profiles]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
 
 
-def correlations(of_one: Profiles) -> list[dict[str, Any]]:
-    """How measures of embeddings go with spectra of the weights along depth: a row a pair that any network has.
+def correlations(*profiles: Profiles) -> list[dict[str, Any]]:
+    """How statistics of embeddings go with spectra of the weights along depth: a row a pair that can be compared.
+
+    Args:
+        *profiles: Of one architecture, or of several whose networks count alike.
 
     Returns:
-        ``first`` and ``second`` measure, ``networks``, and the median and quartiles over them of Spearman's rank
-        correlation over a network's layers: ``spearman``, ``spearman_q25``, ``spearman_q75``.
+        ``statistic`` and ``feature``; ``networks`` that have a correlation over their layers (``along_depth``); over
+        these, ``pearson``'s mean and ``pearson_deviation`` (of two or more), and median and quartiles of Spearman's:
+        ``spearman``, ``spearman_q25``, ``spearman_q75``. None, never 0, where no network has one.
     """
     rows = []
-    for first in (name for name in OF_EMBEDDINGS if name in of_one.measures):
-        for second in (name for name in OF_WEIGHTS if name in of_one.measures):
-            values = along_depth(of_one, first, second)
-            known = values[np.isfinite(values)]
-            if len(known):
-                low, middle, high = np.percentile(known, [25, 50, 75]).tolist()
-                row = {"first": first, "second": second, "networks": len(known)}
-                rows.append(row | {"spearman": middle, "spearman_q25": low, "spearman_q75": high})
+    for statistic in OF_EMBEDDINGS:
+        for feature in OF_WEIGHTS:
+            having = [one for one in profiles if statistic in one.measures and feature in one.measures]
+            if not having:
+                continue
+            row: dict[str, Any] = {"statistic": statistic, "feature": feature} | dict.fromkeys(_CORRELATED)
+            pearson, spearman = (
+                np.concatenate([along_depth(one, statistic, feature, kind) for one in having])
+                for kind in ("pearson", "spearman")
+            )
+            pearson, spearman = pearson[np.isfinite(pearson)], spearman[np.isfinite(spearman)]
+            row["networks"] = len(pearson)
+            if len(pearson):
+                quartiles = np.percentile(spearman, [25, 50, 75]).tolist()
+                row |= dict(zip(("spearman_q25", "spearman", "spearman_q75"), quartiles, strict=True))
+                row["pearson"] = float(pearson.mean())
+            if len(pearson) > 1:
+                row["pearson_deviation"] = float(pearson.std(ddof=1))
+            rows.append(row)
     return rows
+
+
+def correlation_table(found: Mapping[str, Profiles]) -> pa.Table:
+    """``correlations`` of each architecture; of several, those of all their networks too, ``architecture`` being empty.
+
+    Args:
+        found: By architecture.
+    """
+    rows = [{"architecture": name} | row for name, one in found.items() for row in correlations(one)]
+    if len(found) > 1:
+        rows += [{"architecture": ""} | row for row in correlations(*found.values())]
+    return pa.Table.from_pylist(rows, CORRELATIONS)
 
 
 def neighbour_table(models: pa.Table, places_RF: NDArray[np.float64], count: int = 5) -> pa.Table:
@@ -120,8 +156,12 @@ def write_tables(
     shown: Map | None = None,
     places_RF: NDArray[np.float64] | None = None,
     properties: Mapping[str, Sequence[float | None]] | None = None,
+    close_R2: NDArray[np.float64] | None = None,
 ) -> list[Path]:
-    """Writes ``depth.parquet`` and, of a zoo, ``map.parquet`` and ``neighbours.parquet``; and ``analysis.json`` of all.
+    """Writes what the pictures show, and ``analysis.json``, a summary of all.
+
+    ``depth.parquet``, ``correlations.parquet`` where weights were at hand, and of a zoo ``map.parquet`` and
+    ``neighbours.parquet``.
 
     Args:
         folder: Made if missing.
@@ -130,6 +170,7 @@ def write_tables(
         shown: Their places on the map.
         places_RF: What the map is of.
         properties: Numbers by which neighbours are compared, a value a network.
+        close_R2: Their places on the map by t-SNE; NaN for those that are not on it.
 
     Returns:
         The files written.
@@ -139,10 +180,18 @@ def write_tables(
         "networks": len(models),
         "depth": {name: {"layers": len(one.layers), "correlations": correlations(one)} for name, one in found.items()},
     }
+    related = correlation_table(found)
+    if any(related["networks"].to_pylist()):
+        tables["correlations"] = related
+        if len(found) > 1:
+            summary["correlations"] = correlations(*found.values())
     if shown is not None and places_RF is not None:
         x, y = shown.points_R2.T
         tables["map"] = models.select(["id", "model", "epoch"]).append_column("x", pa.array(x))
         tables["map"] = tables["map"].append_column("y", pa.array(y))
+        if close_R2 is not None:
+            for name, values in zip(("tsne_x", "tsne_y"), close_R2.T, strict=True):
+                tables["map"] = tables["map"].append_column(name, pa.array(values, mask=np.isnan(values)))
         tables["neighbours"] = neighbour_table(models, places_RF)
         summary["map"] = {"explained": list(shown.explained)}
         alike = {name: agreement(models, tables["neighbours"], v) for name, v in (properties or {}).items()}

@@ -21,11 +21,13 @@ from sane_ray.report.style import (
     ORANGE,
     SCATTER_LIMIT,
     SEQUENTIAL,
+    headline,
     label_axes,
     log_scale,
     new_figure,
     short_names,
     shorten,
+    wrap,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ MEASURES = {
     "spread": "spread of token embeddings",
     "norm": "length of the mean embedding",
     "error": "error of reconstruction",
+    "explained_variance": "explained variance of the weights",
     "log_spectral_norm": "log10 spectral norm²",
     "alpha_weighted": "weighted alpha",
     "stable_rank": "stable rank",
@@ -66,19 +69,25 @@ MOST_BARS = 20
 UNKNOWN = "#cccccc"
 """Colour of what has no value, or a rare one."""
 
+LEAST_VARIANCE = -1.0
+"""Explained variance below is an arrow at the edge: no better than to guess, and how bad says little."""
+
 LEAST_SCORE = -0.5
 """Scores below are told, not shown at their place."""
 
 PROBES = {"ridge": BLUE, "boosting": ORANGE, "logistic": GREEN}
 
 
-def depth_figure(layers: Sequence[str], measures: Mapping[str, Array], title: str = "Layers along depth") -> Figure:
+def depth_figure(
+    layers: Sequence[str], measures: Mapping[str, Array], title: str = "Layers along depth", note: str = ""
+) -> Figure:
     """One panel a measure over the layers: a thin line a network (or quartiles of many), a thick one for their median.
 
     Args:
         layers: Names, front to back.
         measures: By a name in ``MEASURES``, [R, K]; those without a finite value are left out.
         title: Of the figure.
+        note: Below it: what the reader must know first.
     """
     shown = {name: values for name, values in measures.items() if name in MEASURES and np.isfinite(values).any()}
     ordered = [name for name in MEASURES if name in shown]
@@ -86,17 +95,19 @@ def depth_figure(layers: Sequence[str], measures: Mapping[str, Array], title: st
     for axes, name in zip(panels[:, 0], ordered, strict=True):
         _lines(axes, shown[name], _colour(name), named=axes is panels[0, 0])
         _log_if_wide(axes, name, shown[name])
+        _bound(axes, name)
         label_axes(axes, MEASURES[name], ylabel="")
     _name_layers(panels[-1, 0], layers)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    headline(figure, title, note)
     return figure
 
 
-def family_figure(measures_of: Mapping[str, Mapping[str, Array]]) -> Figure:
+def family_figure(measures_of: Mapping[str, Mapping[str, Array]], note: str = "") -> Figure:
     """Architectures of different depth side by side: one panel a measure, a line an architecture (its median network).
 
     Args:
         measures_of: By architecture (as many as there are colours, 8), measures by a name in ``MEASURES``, [R, K].
+        note: Below the title.
     """
     medians = {
         key: {
@@ -113,6 +124,7 @@ def family_figure(measures_of: Mapping[str, Mapping[str, Array]]) -> Figure:
             known = np.isfinite(median)
             axes.plot(depth[known], median[known], color=colours[name], linewidth=1.6, marker="o", markersize=3)
         _log_if_wide(axes, key, np.concatenate(list(medians[key].values()))[None])
+        _bound(axes, key)
         label_axes(axes, MEASURES[key], ylabel="")
     panels[-1, 0].set_xlabel("relative depth: 0 is the first layer, 1 the last", color=INK)
     handles = [
@@ -120,21 +132,23 @@ def family_figure(measures_of: Mapping[str, Mapping[str, Array]]) -> Figure:
         for name, colour in colours.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    title = f"{len(colours)} architectures along depth"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    headline(figure, f"{len(colours)} architectures along depth", note)
     return figure
 
 
 def network_figure(
-    layers: Sequence[str], mean_KL: Array, measures: Mapping[str, Array], title: str = "One network"
+    layers: Sequence[str], mean_KL: Array, measures: Mapping[str, Array], title: str = "One network", note: str = ""
 ) -> Figure:
     """One network at a glance: the mean embedding of each layer as a column of colour, above what its layers are like.
+
+    A layer without a value has a small grey cross in that panel, and lines do not cross it.
 
     Args:
         layers: Names, front to back.
         mean_KL: Mean embedding of each layer.
         measures: By a name in ``MEASURES``, [K].
         title: Of the figure.
+        note: Below it: what the reader must know first.
     """
     shown = [name for name in MEASURES if name in measures and np.isfinite(measures[name]).any()]
     heights = [2.4, *[0.8] * len(shown)]
@@ -143,42 +157,54 @@ def network_figure(
     _strip(figure, panels[0, 0], mean_KL)
     depth = np.arange(1, len(layers) + 1)
     for axes, name in zip(panels[1:, 0], shown, strict=True):
-        values = np.asarray(measures[name], float)
-        if name in POSITIVE:
-            axes.bar(depth, values, width=0.75, color=_colour(name))
-        else:
-            known = np.isfinite(values)
-            axes.plot(depth[known], values[known], color=_colour(name), marker="o", markersize=3.5, linewidth=1.2)
+        _amounts(axes, name, depth, np.asarray(measures[name], float))
         label_axes(axes, MEASURES[name], ylabel="")
     _name_layers(panels[-1, 0], layers)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    _explain_marks(panels[-1, 0], {name: np.asarray(measures[name], float) for name in shown})
+    headline(figure, title, note)
     return figure
 
 
 def map_figure(
-    points_R2: Array, colours: Mapping[str, Sequence[Any]], explained: tuple[float, float], models: Sequence[Any] = ()
+    points_R2: Array,
+    colours: Mapping[str, Sequence[Any]],
+    explained: tuple[float, float] | None = None,
+    models: Sequence[Any] = (),
+    *,
+    title: str = "",
+    note: str = "",
 ) -> Figure:
-    """The networks of a zoo in the plane of two principal components, a panel for each property that colours them.
+    """The networks of a zoo in a plane, a panel for each property that colours them.
 
     Args:
-        points_R2: Of ``principal_map``.
+        points_R2: Of ``principal_map``, or of ``close_map``.
         colours: By the property's name, a value a network: numbers (None or NaN where unknown) or texts.
-        explained: Share of the variance along each axis.
+        explained: Share of the variance along each axis of principal components; None for a plane without a scale.
         models: Whose checkpoint each network is: thin lines join checkpoints of one model in the order of the rows.
+        title: Of the figure.
+        note: Below it.
     """
+    names = ("", "") if explained is None else _components(explained)
     columns = 2 if len(colours) in (2, 4) else min(3, max(1, len(colours)))
     rows = max(1, -(-len(colours) // columns))
     figure, panels = new_figure(rows, columns, (1.2 + 4.1 * columns, 0.6 + 3.6 * rows), squeeze=False)
     for axes, (name, values) in zip(panels.flat, colours.items(), strict=False):
         _trajectories(axes, points_R2, models)
         _coloured(figure, axes, points_R2, list(values))
-        label_axes(axes, shorten(name, 40), ylabel=f"second component ({explained[1]:.0%})")
-        axes.set_xlabel(f"first component ({explained[0]:.0%})", color=INK)
+        label_axes(axes, wrap(name, 36), xlabel=names[0], ylabel=names[1])
         if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
+        if explained is None:
+            axes.tick_params(labelbottom=False, labelleft=False, length=0)
     for axes in list(panels.flat)[len(colours) :]:
         axes.set_visible(False)
+    if title or note:
+        headline(figure, title, note)
     return figure
+
+
+def _components(explained: tuple[float, float]) -> tuple[str, str]:
+    return f"first component ({explained[0]:.0%})", f"second component ({explained[1]:.0%})"
 
 
 def scores_figure(rows: Sequence[Row], metric: str, label: str) -> Figure:
@@ -200,7 +226,7 @@ def scores_figure(rows: Sequence[Row], metric: str, label: str) -> Figure:
             mine = [row for row in shown if row["target"] == target and row["probe"] == probe]
             offset = (index - (len(probes) - 1) / 2) * 0.26
             _dots(axes, mine, metric, [features.index(row["features"]) + offset for row in mine], probe)
-        label_axes(axes, shorten(str(target), 30), ylabel="", xlabel=label)
+        label_axes(axes, wrap(str(target), 28), ylabel="", xlabel=label)
         if axes.get_legend():
             axes.get_legend().remove()
         _zoom(axes, metric)
@@ -228,35 +254,83 @@ def predictions_figure(panels_of: Mapping[str, tuple[Array, Array]]) -> Figure:
             axes.hexbin(truth, prediction, gridsize=40, cmap="Blues", bins="log", mincnt=1)
         else:
             axes.scatter(truth, prediction, s=12, color=BLUE, alpha=0.5, linewidths=0)
-        label_axes(axes, shorten(title, 46), ylabel="predicted", xlabel="true")
+        label_axes(axes, wrap(title, 36), ylabel="predicted", xlabel="true")
     for axes in list(panels.flat)[len(panels_of) :]:
         axes.set_visible(False)
     return figure
 
 
-def importances_figure(drops: Mapping[str, Sequence[tuple[str, float, float]]]) -> Figure:
+def importances_figure(drops: Mapping[str, Sequence[Sequence[Any]]]) -> Figure:
     """What each layer is worth to a prediction, as bars of lost R²; a panel a property.
+
+    Layers whose exchange changes nothing have no bar, and are counted below; so are those beyond ``MOST_BARS``.
 
     Args:
         drops: By property: layer, mean loss of R² when its features are exchanged, its deviation.
     """
-    drops = {title: list(bars)[:MOST_BARS] for title, bars in drops.items() if bars}
-    tallest = max((LEAST_SLOTS, *map(len, drops.values())))
-    size = (1.0 + 4.0 * max(1, len(drops)), 1.2 + 0.3 * tallest)
-    figure, panels = new_figure(1, max(1, len(drops)), size, squeeze=False)
-    for axes, (title, bars) in zip(panels[0], drops.items(), strict=False):
+    drops = {title: list(bars) for title, bars in drops.items() if bars}
+    shown = {title: [bar for bar in bars if bar[1] or bar[2]][:MOST_BARS] for title, bars in drops.items()}
+    tallest = max((LEAST_SLOTS, *map(len, shown.values())))
+    size = (1.0 + 4.0 * max(1, len(shown)), 1.5 + 0.3 * tallest)
+    figure, panels = new_figure(1, max(1, len(shown)), size, squeeze=False)
+    for axes, (title, bars) in zip(panels[0], shown.items(), strict=False):
         losses, deviations = [bar[1] for bar in bars], [bar[2] for bar in bars]
         axes.barh(range(len(bars)), losses, height=0.75, xerr=deviations, color=BLUE, ecolor=GREY)
         axes.set_yticks(range(len(bars)), short_names([bar[0] for bar in bars], 30))
         axes.set_ylim(tallest - 0.4, -0.6)
         axes.axvline(0, color=GREY, linewidth=0.8)
-        label_axes(axes, shorten(title, 40), ylabel="", xlabel="loss of R²")
+        label_axes(axes, wrap(title, 28), ylabel="", xlabel=f"loss of R²{_unseen(drops[title], len(bars))}")
     return figure
+
+
+def _unseen(bars: Sequence[Sequence[Any]], shown: int) -> str:
+    """A line on the layers that have no bar."""
+    without = sum(1 for bar in bars if not bar[1] and not bar[2])
+    less = len(bars) - without - shown
+    said = [f"{without} without any"] * bool(without) + [f"{less} that matter less"] * bool(less)
+    return f"\nnot shown: {', '.join(said)}" if said else ""
 
 
 def _colour(measure: str) -> str:
     """Blue for what embeddings say, orange for spectra of the weights."""
-    return BLUE if measure in ("spread", "norm", "error") else ORANGE
+    return BLUE if measure in ("spread", "norm", "error", "explained_variance") else ORANGE
+
+
+def _amounts(axes: Axes, name: str, depth: NDArray[np.int64], values_K: Array) -> None:
+    """A network's values of one measure: bars of amounts, else dots that are joined where layers follow each other."""
+    known, colour = np.isfinite(values_K), _colour(name)
+    if name in POSITIVE or name == "explained_variance":
+        shown = np.maximum(values_K, LEAST_VARIANCE) if name == "explained_variance" else values_K
+        axes.bar(depth[known], shown[known], width=0.75, color=colour)
+    else:
+        axes.plot(depth, values_K, color=colour, marker="o", markersize=3.5, linewidth=1.2)
+    if not known.all():
+        edge = axes.get_xaxis_transform()
+        none = np.zeros((~known).sum())
+        axes.plot(
+            depth[~known], none, "x", color=GREY, markersize=3.5, transform=edge, label="_none", zorder=3, clip_on=False
+        )
+    low = depth[values_K < LEAST_VARIANCE] if name == "explained_variance" else depth[:0]
+    axes.plot(low, np.full(len(low), LEAST_VARIANCE), "v", color=INK, markersize=5, label="_below", zorder=3)
+    _bound(axes, name)
+
+
+def _explain_marks(axes: Axes, shown: Mapping[str, Array]) -> None:
+    """What crosses and arrows mean, below the name of the axis, where there are any."""
+    said = ["×: no value"] if any(not np.isfinite(values).all() for values in shown.values()) else []
+    if (shown.get("explained_variance", np.zeros(1)) < LEAST_VARIANCE).any():
+        said.append(f"▼: below {LEAST_VARIANCE:g}")
+    if said:
+        axes.set_xlabel(f"{axes.get_xlabel()}   ({', '.join(said)})", color=INK)
+
+
+def _bound(axes: Axes, name: str) -> None:
+    """Explained variance has its goal, 1, and zero in sight, and no more than -1 below."""
+    if name == "explained_variance":
+        low = axes.dataLim.y0 if np.isfinite(axes.dataLim.y0) else 0.0
+        axes.set_ylim(max(min(low, 0.0), LEAST_VARIANCE) - 0.08, 1.08)
+        axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--", zorder=0.9)
+        axes.axhline(0, color=GREY, linewidth=0.8, zorder=0.9)
 
 
 def _strip(figure: Figure, axes: Axes, mean_KL: Array) -> None:
@@ -368,11 +442,16 @@ def _dots(axes: Axes, rows: Sequence[Row], metric: str, heights: Sequence[float]
         colour = PROBES.get(probe, INK)
         if low is not None and high is not None:
             axes.plot([low, high], [height, height], color=colour, linewidth=1.6, alpha=0.6, solid_capstyle="butt")
-        if metric != "mae" and row[metric] < LEAST_SCORE:
+        if _is_low(row, metric):
             axes.plot([LEAST_SCORE], [height], "<", color=colour, markersize=6)
             axes.annotate(f" {row[metric]:.3g}", (LEAST_SCORE, height), xytext=(4, 0), textcoords="offset points",
                           va="center", fontsize=8, color=colour)  # fmt: skip
-    axes.plot([row[metric] for row in rows], heights, "o", color=PROBES.get(probe, INK), markersize=5, label=probe)
+    at = [(row[metric], height) for row, height in zip(rows, heights, strict=True) if not _is_low(row, metric)]
+    axes.plot(*np.reshape(at, (-1, 2)).T, "o", color=PROBES.get(probe, INK), markersize=5, label=probe)
+
+
+def _is_low(row: Row, metric: str) -> bool:
+    return metric != "mae" and row[metric] < LEAST_SCORE
 
 
 def _zoom(axes: Axes, metric: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,14 @@ def label_axes(axes: Axes, title: str, *, ylabel: str, xlabel: str = "", legend_
         axes.legend(handles, labels, ncols=legend_columns, frameon=False, fontsize=8.5)
 
 
+def headline(figure: Figure, title: str, note: str = "") -> None:
+    """A bold title at the top left and, below it, a note in orange; room is made for both."""
+    lines = wrap(note, int(13 * figure.get_figwidth()), sentences=True).split("\n") if note else []
+    figure.suptitle(title + "\n" * len(lines), x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    below = 1 - (0.08 + 0.2 * len(title.split("\n"))) / figure.get_figheight()
+    figure.text(0.01, below, "\n".join(lines), va="top", fontsize=9, color=ORANGE, linespacing=1.2)
+
+
 def clean(axes: Axes) -> None:
     """A light grid behind the data, and no box around it."""
     axes.grid(color=GRID, linewidth=0.8)
@@ -93,6 +102,22 @@ def shorten(text: str, length: int = 28) -> str:
         return text
     tail = (length - 1) // 2
     return f"{text[: length - 1 - tail]}…{text[-tail:] if tail else ''}"
+
+
+def wrap(text: str, width: int, *, sentences: bool = False) -> str:
+    """Text in lines of at most `width` characters: a title breaks after its first colon, if it must; all where it can.
+
+    Args:
+        text: To break.
+        width: Characters of a line; a longer word is shortened.
+        sentences: Whether it is prose, whose colons are nothing special.
+    """
+    head, colon, rest = text.partition(": ")
+    if len(text) <= width:
+        return text
+    parts = [head + colon.strip(), rest] if colon and not sentences else [text]
+    lines = [line for part in parts for line in textwrap.wrap(part, width, break_long_words=False)]
+    return "\n".join(shorten(line, width) for line in lines)
 
 
 def short_names(names: Sequence[str], length: int = 28) -> list[str]:

@@ -68,7 +68,7 @@ def plot_reconstruction(
 
 
 def plot_accuracies(original: np.ndarray, reconstructed: np.ndarray, path: Path) -> list[Path]:
-    """Draws the accuracy of models against that of their reconstructions; see `accuracies_figure` and `plot_losses`."""
+    """Draws the accuracy of checkpoints against that of reconstructions; see `accuracies_figure` and `plot_losses`."""
     return save(accuracies_figure(original, reconstructed), path)
 
 
@@ -152,17 +152,17 @@ def reconstruction_figure(
 
 
 def accuracies_figure(original: np.ndarray, reconstructed: np.ndarray) -> Figure:
-    """A scatter of models: accuracy before against accuracy after reconstruction, both as fractions in [0, 1].
+    """A scatter of checkpoints: accuracy before against accuracy after reconstruction, both as fractions in [0, 1].
 
     Raises:
-        ValueError: the two do not hold one accuracy for each of the same models.
+        ValueError: the two do not hold one accuracy for each of the same checkpoints.
     """
     before, after = np.asarray(original, dtype=float), np.asarray(reconstructed, dtype=float)
     if before.shape != after.shape or before.ndim != 1:
-        raise ValueError(f"accuracies need one value a model in both: shapes {before.shape} and {after.shape}")
+        raise ValueError(f"accuracies need one value a checkpoint in both: shapes {before.shape} and {after.shape}")
     figure, axes = new_figure(1, 1, (5.6, 5.4))
     axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle="--", label="equal accuracy", zorder=1)
-    label = f"one of {len(before)} models"
+    label = f"one of {len(before)} checkpoints"
     if len(before):
         label += f" (mean change {100 * np.mean(after - before):+.1f} points)"
     axes.scatter(100 * before, 100 * after, s=26, color=BLUE, alpha=0.65, linewidths=0, label=label, zorder=2)
@@ -170,7 +170,7 @@ def accuracies_figure(original: np.ndarray, reconstructed: np.ndarray) -> Figure
     label_axes(
         axes,
         "Accuracy after reconstruction",
-        xlabel="accuracy of the original model (%)",
+        xlabel="accuracy of the original checkpoint (%)",
         ylabel="accuracy of its reconstruction (%)",
     )
     return figure

@@ -12,8 +12,11 @@ from sane_ray.embedding import VECTORS, Embeddings
 LATENT = 4
 
 
-def _write(folder, models=6, epochs=3, layers=5, families=1, properties=True, seed=0):
-    """Networks whose mean embedding's first value is their accuracy, ten times; layer 1 has one token."""
+def _write(folder, models=6, epochs=3, layers=5, families=1, properties=True, seed=0, untrained=(), source=""):
+    """Networks whose mean embedding's first value is their accuracy, ten times; layer 1 has one token.
+
+    ``untrained`` names the architectures that the model does not know; weights of layer k are explained to 1 - k/10.
+    """
     generator = np.random.default_rng(seed)
     index_rows, layer_rows, architectures = [], [], {}
     kind = pa.list_(pa.float32(), LATENT)
@@ -31,7 +34,8 @@ def _write(folder, models=6, epochs=3, layers=5, families=1, properties=True, se
             index_rows.append(row | {"architecture": name, "parameters": 10} | known | vectors)
             for layer in range(count):
                 one = {"id": row["id"], "layer": layer, "name": f"net.{layer}.weight", "tokens": 1 if layer == 1 else 8}
-                one |= {"reconstruction_mse": 0.1 * (layer + 1), **dict.fromkeys(VECTORS, of_layers[layer])}
+                one |= {"reconstruction_mse": 0.1 * (layer + 1), "explained_variance": 1 - layer / 10}
+                one |= {**dict.fromkeys(VECTORS, of_layers[layer])}
                 layer_rows.append(one | {"std": np.full(LATENT, layer + 1.0)})
     folder.mkdir(parents=True)
     for file, rows in (("models.parquet", index_rows), ("layers.parquet", layer_rows)):
@@ -40,6 +44,7 @@ def _write(folder, models=6, epochs=3, layers=5, families=1, properties=True, se
         pq.write_table(pa.table(plain | arrays), folder / file)
     index = {"format": "sane_ray embeddings", "version": 1, "latent_dim": LATENT, "architectures": architectures}
     index |= {"rows": {"models.parquet": len(index_rows), "layers.parquet": len(layer_rows)}, "left_out": []}
+    index |= {"trained_on": {name: name not in untrained for name in architectures}, "source": {"path": source}}
     (folder / "embeddings.json").write_text(json.dumps(index))
     return Embeddings.open(folder)
 

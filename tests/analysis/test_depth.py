@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sane_ray.analysis.depth import Profiles, along_depth, last_rows, profiles, spectra_of, spectra_of_store
-from sane_ray.analysis.tables import correlations, depth_table
+from sane_ray.analysis.tables import correlation_table, correlations, depth_table
 from sane_ray.config import TokensConfig
 from sane_ray.tokens.store.writing import write_store
 from sane_ray.tokens.tokenizer import build_layer_table
@@ -24,7 +24,8 @@ def test_profiles_are_read_off_the_layers(write_embeddings, tmp_path):
     _, mean_RKL = embeddings.layer_vectors("mean", "net5")
     assert np.allclose(found.measures["norm"], np.sqrt((mean_RKL**2).sum(axis=2)))
     assert np.allclose(found.measures["error"], [[0.1, 0.2, 0.3, 0.4, 0.5]] * 4)
-    assert set(found.measures) == {"spread", "norm", "error"}
+    assert np.allclose(found.measures["explained_variance"], [[1, 0.9, 0.8, 0.7, 0.6]] * 4)
+    assert set(found.measures) == {"spread", "norm", "error", "explained_variance"}
 
 
 def test_spectra_of_some_networks_stand_beside(write_embeddings, tmp_path):
@@ -47,15 +48,49 @@ def test_spectra_are_those_of_the_weights_as_they_are():
     assert np.isnan(found["log_spectral_norm"][1:]).all()  # a row, and zeros
 
 
-def test_correlation_along_depth_is_spearmans_where_layers_are_enough():
+def test_correlations_along_depth_are_pearsons_and_spearmans_where_layers_are_enough():
     rising, falling = np.arange(6.0), -(np.arange(6.0) ** 3)
-    holes = np.array([0, np.nan, np.nan, np.nan, 4, 5])
-    found = Profiles(["a", "b", "c"], list("uvwxyz"), {"spread": np.stack([rising, rising, holes])})
-    found.measures["stable_rank"] = np.stack([rising, falling, rising])
-    assert np.allclose(along_depth(found, "spread", "stable_rank"), [1, -1, np.nan], equal_nan=True)
+    holes = np.array([0, np.nan, np.nan, np.nan, 4, np.nan])
+    constant = np.full(6, 0.1) + 1e-15 * np.arange(6)
+    found = Profiles(list("abcd"), list("uvwxyz"), {"spread": np.stack([rising, rising, holes, constant])})
+    found.measures["stable_rank"] = np.stack([rising, falling, rising, rising])
+    nothing = [np.nan, np.nan]  # two layers; and one value but for rounding
+    assert np.allclose(along_depth(found, "spread", "stable_rank"), [1, -1, *nothing], equal_nan=True)
+    straight = np.corrcoef(rising, falling)[0, 1]
+    pearson = along_depth(found, "spread", "stable_rank", "pearson")
+    assert np.allclose(pearson, [1, straight, *nothing], equal_nan=True)
     (row,) = correlations(found)
-    assert (row["first"], row["second"], row["networks"]) == ("spread", "stable_rank", 2)
+    assert (row["statistic"], row["feature"], row["networks"]) == ("spread", "stable_rank", 2)
     assert [row["spearman_q25"], row["spearman"], row["spearman_q75"]] == pytest.approx([-0.5, 0, 0.5])
+    assert row["pearson"] == pytest.approx((1 + straight) / 2)
+    assert row["pearson_deviation"] == pytest.approx((1 - straight) / np.sqrt(2))
+
+
+def test_three_layers_have_a_correlation_two_have_none():
+    three = Profiles(["a"], list("xyz"), {"norm": np.array([[1.0, 2, 3]]), "alpha": np.array([[1.0, 2, 4]])})
+    assert along_depth(three, "norm", "alpha", "pearson") == pytest.approx(np.corrcoef([1, 2, 3], [1, 2, 4])[0, 1])
+    two = Profiles(["a"], list("xy"), {"norm": np.array([[1.0, 2]]), "alpha": np.array([[1.0, 2]])})
+    assert np.isnan(along_depth(two, "norm", "alpha", "pearson")).all()
+
+
+def test_a_correlation_that_is_not_defined_is_blank_and_a_family_has_that_of_all_its_networks():
+    rising, constant = np.arange(4.0)[None], np.ones((1, 4))
+    small = Profiles(["a"], list("wxyz"), {"norm": rising, "alpha": rising, "log_norm": constant})
+    large = Profiles(["b"], list("vwxyz"), {"norm": np.arange(5.0)[None], "alpha": -np.arange(5.0)[None]})
+    rows = correlation_table({"small": small, "large": large}).to_pylist()
+    found = {(row["architecture"], row["feature"]): row for row in rows}
+    assert set(found) == {
+        ("small", "alpha"),
+        ("small", "log_norm"),
+        ("large", "alpha"),
+        ("", "alpha"),
+        ("", "log_norm"),
+    }
+    assert found["small", "log_norm"]["networks"] == 0 and found["small", "log_norm"]["pearson"] is None
+    assert found["small", "alpha"]["pearson"] == pytest.approx(1)
+    assert found["small", "alpha"]["pearson_deviation"] is None  # one network has none
+    assert found["", "alpha"]["pearson"] == pytest.approx(0)
+    assert found["", "alpha"]["pearson_deviation"] == pytest.approx(np.sqrt(2))
 
 
 def test_the_depth_table_has_a_row_a_network_and_layer(write_embeddings, tmp_path):
@@ -64,7 +99,7 @@ def test_the_depth_table_has_a_row_a_network_and_layer(write_embeddings, tmp_pat
     assert len(table) == 2 * 5 + 7
     rows = table.to_pylist()
     assert rows[2] == {"id": "m0/0", "architecture": "net5", "layer": 2, "name": "net.2.weight"} | {
-        key: rows[2][key] for key in ("spread", "norm", "error")
+        key: rows[2][key] for key in ("spread", "norm", "error", "explained_variance")
     }
     assert rows[2]["spread"] == 3 and rows[10]["id"] == "m1/0"
 

@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sane_ray.analysis.maps import nearest, places, principal_map, typical_distance
+from sane_ray.analysis import maps
+from sane_ray.analysis.maps import close_map, nearest, places, principal_map, typical_distance
 from sane_ray.analysis.tables import agreement, neighbour_table
 from sane_ray.errors import InputError
 
@@ -26,6 +27,27 @@ def test_a_map_is_the_plane_of_largest_variance():
     for few in (wide[:2], wide[:, :0]):
         with pytest.raises(InputError, match="at least 3 networks"):
             principal_map(few)
+
+
+def test_a_close_map_keeps_groups_together_and_is_the_same_again():
+    generator = np.random.default_rng(0)
+    groups = np.concatenate([generator.normal(size=(8, 5)), generator.normal(size=(8, 5)) + 20])
+    found = close_map(groups)
+    assert np.array_equal(found, close_map(groups))
+    assert [one.row < 8 for row in range(16) for one in nearest(found, row, 3)] == [True] * 24 + [False] * 24
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_a_close_map_is_of_few_networks_and_of_one_direction_too(count):
+    assert np.isfinite(close_map(np.arange(float(count))[:, None])).all()
+    assert close_map(np.zeros((4, 2))) is None and close_map(np.zeros((9, 0))) is None
+
+
+def test_a_close_map_of_many_is_of_a_sample(monkeypatch):
+    monkeypatch.setattr(maps, "MOST_CLOSE", 10)
+    found = close_map(np.random.default_rng(0).normal(size=(30, 3)))
+    known = np.isfinite(found)
+    assert known[:, 0].sum() == 10 and np.array_equal(known[:, 0], known[:, 1])
 
 
 def test_the_nearest_come_first_and_are_of_other_models():

@@ -1,5 +1,6 @@
 """What jobs call at their end: pictures, tables and the report of a folder of embeddings or results."""
 
+import dataclasses
 import json
 import re
 
@@ -8,8 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from sane_ray.analysis.attribution import Importance
-from sane_ray.analysis.pictures import best_predictions, best_row, draw_embeddings, draw_predictions
+from sane_ray.analysis.pictures import (
+    best_predictions,
+    best_row,
+    draw_embeddings,
+    draw_predictions,
+    network_title,
+    unknown,
+)
 from sane_ray.analysis.reports import markdown_table, write_prediction_report
+from sane_ray.analysis.tables import CORRELATIONS
 from sane_ray.properties.prediction import PREDICTION_SCHEMA, ROW_SCHEMA
 
 
@@ -36,6 +45,7 @@ ROWS = [
     row("weights", r2=None, choice="", note="<too many> weights"),
     row(target="epoch", r2=-9.0),
     row("sane", protocol="leave-one-epoch", part="epoch 3", r2=0.3),
+    row("sane", protocol="out-of-distribution", part="<digits> -> b", r2=0.2),
 ]
 
 
@@ -64,14 +74,15 @@ def results(tmp_path):
 def test_a_zoo_becomes_a_map_depth_and_tables(write_embeddings, tmp_path):
     embeddings = write_embeddings(tmp_path / "e")
     found = draw_embeddings(embeddings, tmp_path / "plots", {"m0/2": {}})
-    assert names(found) == both("map", "depth") | {
+    assert names(found) == both("map", "tsne", "depth") | {
         "map.parquet",
         "depth.parquet",
         "neighbours.parquet",
         "analysis.json",
     }
     assert found[0].name == "map.png"
-    assert len(pq.read_table(tmp_path / "plots" / "map.parquet")) == 18
+    drawn = pq.read_table(tmp_path / "plots" / "map.parquet")
+    assert len(drawn) == 18 and all(drawn[name].null_count == 0 for name in ("x", "y", "tsne_x", "tsne_y"))
     assert len(pq.read_table(tmp_path / "plots" / "depth.parquet")) == 18 * 5
     summary = json.loads((tmp_path / "plots" / "analysis.json").read_text())
     assert summary["networks"] == 18 and sum(summary["map"]["explained"]) <= 1.000001
@@ -89,7 +100,38 @@ def test_one_network_becomes_a_card(write_embeddings, tmp_path):
     spectra = {"m0/0": {"log_spectral_norm": [0.1, 0.2, float("nan"), 0.4, 0.5]}}
     embeddings = write_embeddings(tmp_path / "e", models=1, epochs=1)
     found = draw_embeddings(embeddings, tmp_path / "plots", spectra)
-    assert names(found) == both("network") | {"depth.parquet", "analysis.json"}
+    assert names(found) == both("network", "spectra") | {"depth.parquet", "correlations.parquet", "analysis.json"}
+    rows = pq.read_table(tmp_path / "plots" / "correlations.parquet").to_pylist()
+    told = {(row["statistic"], row["feature"]): row["pearson"] for row in rows}
+    assert told["spread", "log_spectral_norm"] == pytest.approx(1)  # of layers 1, 4 and 5, both being linear
+    assert told["explained_variance", "log_spectral_norm"] == pytest.approx(-1)
+    assert told["spread", "alpha"] is None
+    summary = json.loads((tmp_path / "plots" / "analysis.json").read_text())
+    assert summary["depth"]["net5"]["correlations"] == [{k: v for k, v in row.items() if k[0] != "a"} for row in rows]
+
+
+def test_spectra_of_layers_without_any_correlation_are_not_drawn(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e", models=1, epochs=1)
+    two = {"m0/0": {"alpha": [1.0, 2.0, float("nan"), float("nan"), float("nan")]}}
+    assert both("spectra").isdisjoint(names(draw_embeddings(embeddings, tmp_path / "plots", two)))
+
+
+def test_a_network_is_called_by_what_tells_it_from_others(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e", models=1, epochs=1)
+    assert network_title(embeddings, 5) == "m0, test acc 0.5, epoch 0, ggap 0.1, 5 layers"
+    source = "/zoo/NN_tune_3/checkpoint_000005/checkpoints"
+    nameless = write_embeddings(tmp_path / "f", models=1, epochs=1, properties=False, source=source)
+    renamed = nameless.models.set_column(1, "model", pa.array(["checkpoints"]))
+    nameless = dataclasses.replace(nameless, models=renamed)
+    assert network_title(nameless, 1) == "NN_tune_3, epoch 0, 1 layer"
+
+
+def test_what_the_model_was_not_trained_on_is_said(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e", models=1, epochs=1, untrained=["net5"])
+    draw_embeddings(embeddings, tmp_path / "plots")
+    assert unknown(embeddings, ["net5"]).startswith("The model was not trained on this architecture")
+    assert unknown(embeddings, ["net5", "net7"]).startswith("The model was not trained on net5:")
+    assert unknown(write_embeddings(tmp_path / "f", models=1), ["net5"]) == ""
 
 
 def test_what_is_too_little_for_a_map_is_drawn_all_the_same(write_embeddings, tmp_path):
@@ -100,10 +142,12 @@ def test_what_is_too_little_for_a_map_is_drawn_all_the_same(write_embeddings, tm
 
 
 def test_predictions_become_scores_scatter_and_layers(results, tmp_path):
-    layers = {"test_acc": [Importance("a.weight", 0.3, 0.1)]}
+    layers = {"test_acc": [Importance("a.weight", 0.3, 0.1, 0.02)]}
     found = draw_predictions(results, tmp_path / "plots", layers)
-    assert names(found) == both("r2", "tau", "predictions", "layers")
-    assert names(draw_predictions(results, tmp_path / "others")) == both("r2", "tau", "predictions")
+    assert names(found) == both("r2", "tau", "predictions", "layers", "epochs", "transfer") | {"importances.parquet"}
+    assert names(draw_predictions(results, tmp_path / "p")) == both("r2", "tau", "predictions", "epochs", "transfer")
+    (row,) = pq.read_table(tmp_path / "plots" / "importances.parquet").to_pylist()
+    assert row == {"target": "test_acc", "group": "a.weight", "drop": 0.3, "deviation": 0.1, "moved": 0.02}
 
 
 def test_the_fit_that_is_shown_is_chosen_on_validation_models(results):
@@ -115,15 +159,23 @@ def test_the_fit_that_is_shown_is_chosen_on_validation_models(results):
 
 
 def test_the_report_says_all_and_escapes_it(results, tmp_path):
-    pictures = draw_predictions(results, tmp_path / "plots")
+    layers = {"test_acc": [Importance("<a>.weight", 0.31, 0.1, 0.023)]}
+    pictures = draw_predictions(results, tmp_path / "plots", layers)
+    pair = {"statistic": "norm", "networks": 2}
+    related = [pair | {"architecture": "net", "feature": "alpha", "pearson": 0.8123, "pearson_deviation": 0.05}]
+    related.append(pair | {"architecture": "net", "feature": "log_norm"})
+    pq.write_table(pa.Table.from_pylist(related, CORRELATIONS), tmp_path / "correlations.parquet")
+    pictures.append(tmp_path / "correlations.parquet")
     content = json.loads((results / "results.json").read_text())
     page = write_prediction_report(content, pictures, tmp_path / "report.html", "python jobs/predict.py --store 'A B'")
     text = page.read_text()
-    assert text.count("<img ") == 3 and "data:image/svg+xml" in text
+    assert text.count("<img ") == 6 and "data:image/svg+xml" in text
     assert "SANE &amp; s(W) are &lt;good&gt;" in text and "&lt;digits&gt;" in text and "<digits>" not in text
     assert "<strong>0.800 [0.700, 0.900]</strong>" in text and text.count("<strong>0.") == 2  # best R² and tau
     assert "test_acc (checkpoints: 1,200 train, 2 val, 3 test)" in text
     assert "leave-one-epoch, test_acc, ridge: R²" in text and "epoch 3" in text
+    assert "&lt;a&gt;.weight" in text and "0.310" in text and "0.023" in text
+    assert "0.81 ± 0.05" in text and "net (2 networks)" in text
     assert "--store &#x27;A B&#x27;" in text and "penalty 1" in text
     assert not re.search(r"https?://|<script|<link", text)
 

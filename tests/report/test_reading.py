@@ -92,6 +92,27 @@ def test_a_network_is_its_embeddings_and_all_its_measures():
     assert figure.get_suptitle() == "net"
 
 
+def test_a_network_shows_what_is_explained_and_says_what_the_model_does_not_know():
+    explained = {"explained_variance": np.array([0.9, -0.5, -40.0, np.nan])}
+    figure = network_figure(list("abcd"), np.zeros((4, 2)), explained, "net", "not trained on it")
+    axes = figure.axes[1]
+    assert titles(figure)[1] == "explained variance of the weights"
+    assert [patch.get_height() for patch in axes.patches] == pytest.approx([0.9, -0.5, -1])
+    marks = {line.get_label(): line for line in axes.get_lines()}
+    assert list(marks["_below"].get_xdata()) == [3] and list(marks["_none"].get_xdata()) == [4]
+    assert axes.get_ylim()[0] < -1 < 1 < axes.get_ylim()[1]
+    assert "no value" in axes.get_xlabel() and "below -1" in axes.get_xlabel()
+    assert [text.get_text() for text in figure.texts if "trained" in text.get_text()] == ["not trained on it"]
+
+
+def test_a_line_of_a_network_has_gaps_and_a_layer_without_an_amount_has_no_bar():
+    values = {"alpha_weighted": np.array([1.0, np.nan, 3, 4]), "stable_rank": np.array([1.0, 2, np.nan, 4])}
+    alpha, rank = network_figure(list("abcd"), np.zeros((4, 2)), values).axes[1:3]
+    assert np.array_equal(alpha.get_lines()[0].get_ydata(), values["alpha_weighted"], equal_nan=True)
+    assert [round(patch.get_x() + patch.get_width() / 2) for patch in rank.patches] == [1, 2, 4]
+    assert [list(line.get_xdata()) for line in rank.get_lines() if line.get_label() == "_none"] == [[3]]
+
+
 @pytest.mark.parametrize("layers", [1, 150])
 def test_the_smallest_and_a_very_deep_network_are_drawn(layers, tmp_path):
     values = {name: found[0] for name, found in measures(1, layers).items()}
@@ -164,6 +185,8 @@ def test_a_fit_that_failed_is_told_at_the_edge_and_hides_no_other():
     assert axes.get_xlim()[0] > -0.6 and axes.get_xlim()[1] > 1
     assert [text.get_text().strip() for text in axes.texts] == ["-40"]
     assert [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "<"] == [[-0.5]]
+    dots = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in dots] == [[0.8]]  # the arrow stands for the other
     assert scores_figure([], "r2", "R²").axes[0].get_title(loc="left") == "nothing was measured"
 
 
@@ -177,6 +200,23 @@ def test_predictions_lie_around_a_diagonal():
     many = np.linspace(0, 1, SCATTER_LIMIT + 1)
     density = predictions_figure({"many": (many, many)}).axes[0].collections[0]
     assert density.get_array().sum() == SCATTER_LIMIT + 1
+
+
+@pytest.mark.parametrize("title", ["generalisation_gap: statistics_published+spectral, boosting", "x" * 80])
+def test_titles_of_predictions_fit_their_panels(title):
+    figure = predictions_figure({f"{title}{place}": (np.ones(3), np.ones(3)) for place in range(3)})
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        box = axes._left_title.get_window_extent()
+        assert box.x1 < axes.get_window_extent().x1 + 20 and box.y1 <= figure.bbox.y1
+
+
+def test_layers_without_importance_have_no_bar_and_are_counted():
+    bars = [("a", 0.5, 0.1), ("b", 0.0, 0.0), *[(f"c{place}", 0.1, 0.01) for place in range(22)]]
+    (axes,) = importances_figure({"epoch": bars}).axes
+    assert len(axes.patches) == 20 and "b" not in [label.get_text() for label in axes.get_yticklabels()]
+    assert axes.get_xlabel() == "loss of R²\nnot shown: 1 without any, 3 that matter less"
+    assert importances_figure({"epoch": bars[:1]}).axes[0].get_xlabel() == "loss of R²"
 
 
 def test_layers_are_bars_of_what_they_are_worth():

@@ -141,7 +141,9 @@ def test_accuracies_are_points_in_percent_around_a_diagonal(tmp_path):
     offsets = np.asarray(axes.collections[0].get_offsets())
     assert np.allclose(offsets, [[90, 80], [50, 40], [10, 10]])
     assert list(axes.get_lines()[0].get_xdata()) == list(axes.get_lines()[0].get_ydata()) == [0, 100]
-    assert "one of 3 models (mean change -6.7 points)" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "one of 3 checkpoints (mean change -6.7 points)" in [
+        text.get_text() for text in axes.get_legend().get_texts()
+    ]
     png, svg = plot_accuracies(before, after, tmp_path / "accuracies")
     assert is_png(png)
     assert is_svg(svg)

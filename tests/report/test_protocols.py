@@ -1,0 +1,49 @@
+"""Epochs that were left out and other zoos: lines and matrices hold what results say, and nothing where they say none."""
+
+import numpy as np
+
+from sane_ray.report.protocols import epochs_figure, has_epochs, has_transfer, transfer_figure
+
+
+def row(part, r2, protocol="leave-one-epoch", target="test_acc", features="sane", probe="ridge"):
+    known = {"target": target, "features": features, "probe": probe, "protocol": protocol}
+    return known | {"part": part, "r2": r2}
+
+
+def test_a_line_a_feature_set_over_the_epochs_in_their_order():
+    rows = [row("epoch 10", 0.9), row("epoch 2", 0.5), row("epoch 5", None)]
+    rows += [row("epoch 2", 0.4, features="statistics"), row("epoch 2", 0.1, probe="boosting"), row("", 1, "split")]
+    assert has_epochs(rows) and not has_epochs(rows[4:])
+    figure = epochs_figure(rows)
+    lines = [line for line in figure.axes[0].get_lines() if line.get_marker() in ("o", "s") and len(line.get_xdata())]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in lines] == [([2, 10], [0.5, 0.9]), ([2], [0.4])]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sane", "statistics"]
+
+
+def test_an_epoch_whose_fit_failed_is_an_arrow_that_no_line_leads_to():
+    axes = epochs_figure([row("epoch 0", -40.0), row("epoch 1", 0.5), row("epoch 2", 0.6)]).axes[0]
+    line = next(line for line in axes.get_lines() if line.get_marker() == "o" and len(line.get_xdata()))
+    assert np.isnan(line.get_ydata()[0]) and list(line.get_ydata()[1:]) == [0.5, 0.6]
+    arrow = next(line for line in axes.get_lines() if line.get_marker() == "v" and len(line.get_xdata()))
+    assert (list(arrow.get_xdata()), list(arrow.get_ydata())) == ([0], [-0.5])
+    assert axes.get_ylim()[0] > -0.6
+
+
+def test_a_matrix_has_rows_of_training_columns_of_test_zoos_and_blanks():
+    rows = [
+        row("a -> b", 0.2, "out-of-distribution"),
+        row("b -> a", -3.0, "out-of-distribution"),
+        row("", 0.9, "split"),
+    ]
+    assert has_transfer(rows) and not has_transfer(rows[2:])
+    (axes, _) = transfer_figure(rows, ["a", "b"]).axes
+    shown = np.ma.filled(axes.get_images()[0].get_array(), np.nan)
+    assert np.array_equal(shown, [[0.9, 0.2], [-3, np.nan]], equal_nan=True)
+    assert [text.get_text() for text in axes.texts] == ["0.90", "0.20", "-3.00"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_zoos_are_read_off_the_parts_where_none_are_given_and_feature_sets_have_a_matrix_each():
+    rows = [row("a -> b", 0.2, "out-of-distribution", features=name) for name in ("sane", "statistics")]
+    figure = transfer_figure(rows)
+    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["test_acc\nsane", "test_acc\nstatistics"]
