@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from sane_ray.autoencoder.model import CONFIG_FILE
@@ -136,7 +137,7 @@ def spectra_of_plan(plan: Plan, embeddings: Embeddings) -> dict[str, dict[str, N
     if plan.source["kind"] == "store":
         return spectra_of_store(TokenStore.open(plan.source["path"]))
     records = {record.id: record for unit in plan.units for record in unit.records}
-    models = embeddings.models.select(["id", "architecture"]).take(_sampled(embeddings))
+    models = embeddings.models.select(["id", "architecture"]).take(pa.array(_sampled(embeddings), pa.int64()))
     tables = {name: LayerTable.from_dict(table) for name, table in embeddings.index["architectures"].items()}
     return {
         one["id"]: spectra_of(open_record(records[one["id"]]), tables[one["architecture"]])

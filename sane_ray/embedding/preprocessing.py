@@ -109,9 +109,9 @@ class Preprocessing:
         if trained == align:
             return []
         return [
-            f"the networks of the model's training were prepared with tokens.align {trained}, these with {align}: their "
-            "channels come in another order than the model has learned, and embeddings and errors may be worse for it; "
-            f"prepare them with --tokens.align {trained} and embed that store"
+            f"the networks of the model's training were prepared with tokens.align {trained}, these with {align}: "
+            "their channels come in another order than the model has learned, and embeddings and errors may be worse "
+            f"for it; prepare them with --tokens.align {trained} and embed that store"
         ]
 
     def _check_tokenised_alike(self, table: LayerTable, settings: Mapping[str, str]) -> None:

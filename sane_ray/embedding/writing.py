@@ -277,11 +277,9 @@ def _begin(plan: Plan, workers: Workers) -> Plan:
     if plan.config.precision == "auto":
         plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, precision=precision_of(workers)))
     try:
-        (plan.output / PARTS_FOLDER).mkdir(exist_ok=True)
         _write_json(plan.output / IDENTITY_FILE, plan.identity())
+        (plan.output / PARTS_FOLDER).mkdir(exist_ok=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            (plan.output / PARTS_FOLDER).rmdir()  # which only succeeds before there are parts
         raise InputError(_cannot_be_written(plan.output, error)) from error
     return plan
 
