@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from sane_ray.autoencoder.model import CONFIG_FILE
 from sane_ray.cluster import default_storage, local_path
-from sane_ray.config import EmbedJob, to_dict
+from sane_ray.config import ClusterConfig, EmbedJob, to_dict
 from sane_ray.embedding import Embeddings
 from sane_ray.embedding.reading import INDEX_FILE, LAYERS_FILE
 from sane_ray.embedding.writing import Plan, embed, is_complete, plan_records, plan_store
@@ -34,8 +35,8 @@ EXPERIMENT = "sane_ray embeddings"
 PICTURES = "plots"
 """Folder of the pictures, inside that of the embeddings."""
 
-MOST_SPECTRA_BYTES = 2e9
-"""Of checkpoints whose singular values are computed for the pictures: more would take minutes."""
+MOST_SPECTRA_WEIGHTS = 1e9
+"""Of a network whose singular values are computed for the pictures: more would take minutes."""
 
 LOGGED_FILE = ".logged"
 """In the folder of the embeddings when they are drawn and MLflow has been told."""
@@ -54,7 +55,7 @@ def run(config: EmbedJob, dry_run: bool) -> None:
     plan = plan_of(config, storage)
     already = is_complete(plan)
     if dry_run and not already:
-        print(describe(plan))
+        print(describe(plan, config.cluster))
         print("dry run: nothing was started")
         return
     if not (already and (plan.output / LOGGED_FILE).exists()):
@@ -108,13 +109,14 @@ def model_name(model: Path) -> str:
     return model.parent.name if model.name == _MODEL_FOLDER else model.name
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: Plan, cluster: ClusterConfig) -> str:
     """What would be done."""
     lines = [
         f"would embed {plan.checkpoints:,} checkpoints of {plan.source['path']} ({plan.size / 1e6:,.1f} MB)",
         f"with        {plan.model}",
-        f"to          {plan.output}, {'in this process' if plan.is_small else 'by actors on Ray'}",
+        f"to          {plan.output}, {plan.place(cluster)}",
         *(f"left out    {reason}" for reason in plan.refused.values()),
+        *(f"warning:    {warning}" for warning in plan.warnings),
     ]
     return "\n".join(lines)
 
@@ -127,29 +129,36 @@ def draw(plan: Plan, embeddings: Embeddings) -> list[Path]:
 
 
 def spectra_of_plan(plan: Plan, embeddings: Embeddings) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Spectral metrics of the layers of checkpoints that were embedded as they are, by id; of a store, some."""
+    """Spectral metrics of the layers of some of the checkpoints, by id: last ones of models, evenly chosen."""
     from sane_ray.analysis.depth import spectra_of, spectra_of_store
     from sane_ray.tokens.layers import LayerTable
     from sane_ray.zoo.catalog import open_record
 
     if plan.source["kind"] == "store":
         return spectra_of_store(TokenStore.open(plan.source["path"]))
-    records = [record for unit in plan.units for record in unit.records]
-    if not records or plan.size > MOST_SPECTRA_BYTES:
-        return {}
-    models = embeddings.models
-    architectures = dict(zip(models["id"].to_pylist(), models["architecture"].to_pylist(), strict=True))
+    records = {record.id: record for unit in plan.units for record in unit.records}
+    models = embeddings.models.select(["id", "architecture"]).take(pa.array(_sampled(embeddings), pa.int64()))
     tables = {name: LayerTable.from_dict(table) for name, table in embeddings.index["architectures"].items()}
     return {
-        record.id: spectra_of(open_record(record), tables[architectures[record.id]])
-        for record in records
-        if record.id in architectures
+        one["id"]: spectra_of(open_record(records[one["id"]]), tables[one["architecture"]])
+        for one in models.to_pylist()
     }
+
+
+def _sampled(embeddings: Embeddings) -> list[int]:
+    """Rows of the checkpoints of a source whose weights are looked at: as many as of a store, none that is huge."""
+    from sane_ray.analysis.depth import MOST_STORED, MOST_STORED_WEIGHTS, last_rows
+
+    models, epochs, weights = (embeddings.models[name].to_pylist() for name in ("model", "epoch", "parameters"))
+    rows = [row for row in last_rows(models, epochs) if weights[row] <= MOST_SPECTRA_WEIGHTS]
+    largest = max((weights[row] for row in rows), default=1)
+    count = min(len(rows), MOST_STORED, max(1, int(MOST_STORED_WEIGHTS / largest)))
+    return [rows[place * (len(rows) - 1) // max(count - 1, 1)] for place in range(count)]
 
 
 def log(embeddings: Embeddings, tracker: Tracker) -> None:
     """Hands MLflow how well the networks are reconstructed, and the pictures."""
-    point: dict[str, object] = {"step": 0, "checkpoints": len(embeddings.models), "layers": len(embeddings.layers)}
+    point: dict[str, object] = {"step": 0, "checkpoints": len(embeddings.models), "layers": embeddings.num_layers}
     for name in ("mse", "explained_variance"):
         point[name] = pc.mean(embeddings.models[name]).as_py() if name in embeddings.models.column_names else None
     tracker.log([point])
@@ -162,11 +171,12 @@ def report(embeddings: Embeddings, uri: str, *, already: bool) -> str:
     pictures = sorted((embeddings.path / PICTURES).glob("*.png"))
     done = (
         f"{'nothing to do: ' if already else ''}embeddings {embeddings.path}: "
-        f"{_counted(len(embeddings.models), 'checkpoint')}, {_counted(len(embeddings.layers), 'layer')}, "
+        f"{_counted(len(embeddings.models), 'checkpoint')}, {_counted(embeddings.num_layers, 'layer')}, "
         f"{embeddings.latent_dim} values each; next: {following(embeddings, pictures)}"
     )
     seen = [f"picture  {path}" for path in pictures]
-    return "\n".join([*left_out(embeddings), *unknown(embeddings), *seen, f"MLflow   {ui_command(uri)}", done])
+    warned = [f"warning: {warning}" for warning in embeddings.index.get("warnings", [])]
+    return "\n".join([*left_out(embeddings), *unknown(embeddings), *warned, *seen, f"MLflow   {ui_command(uri)}", done])
 
 
 def following(embeddings: Embeddings, pictures: Sequence[Path]) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sane_ray.embedding.encoder import Read, in_memory
-from sane_ray.embedding.preprocessing import Prepared, Preprocessing
+from sane_ray.embedding.preprocessing import Prepared, Preprocessing, settings_of
 from sane_ray.errors import InputError
 from sane_ray.tokens.layers import LayerTable
 from sane_ray.tokens.normalization import Moments, merge, scale_of
@@ -65,6 +65,10 @@ class LeftOut:
 
     row: int
     reason: str
+
+
+class Unreadable(Exception):
+    """A checkpoint that broke off while its tokens were read; the message says why, without its path."""
 
 
 class Networks(Protocol):
@@ -136,20 +140,22 @@ class StoredNetworks:
         if stored is None:
             return lambda tokens, start: tokens
 
+        own = scale if prepared.normalization.mode == "l2" else None
+
         def again(tokens_nT: Tensor, start: int) -> Tensor:
             weights_nT = stored.denormalize(tokens_nT, prepared.table, scale, start)
-            return prepared.normalization.normalize(weights_nT, prepared.table, start, scale)[0]
+            return prepared.normalization.normalize(weights_nT, prepared.table, start, own)[0]
 
         return again
 
 
 def prepared_of_store(store: TokenStore, preprocessing: Preprocessing) -> dict[str, Prepared | str]:
     """How the model reads each architecture of a store, or why it cannot."""
-    source = store.index.get("inputs", {}).get("source") or "ZOO"
+    settings = settings_of(store)
     found: dict[str, Prepared | str] = {}
     for name, architecture in store.architectures.items():
         try:
-            found[name] = preprocessing.of_store(architecture, source)
+            found[name] = preprocessing.of_store(architecture, settings)
         except InputError as error:
             found[name] = f"architecture {name} does not fit the model: {error}"
     return found
@@ -209,7 +215,7 @@ class CheckpointNetworks:
                 checkpoint = open_record(record)
                 prepared = self._prepare(checkpoint.meta)
                 if prepared.table.num_tokens * prepared.table.token_size * 4 > UNIT_BYTES:
-                    yield Batch([row], [record.id], prepared, _Ranges(checkpoint, prepared))
+                    yield Batch([row], [record.id], prepared, _Ranges(record, checkpoint, prepared))
                     continue
                 tokens_NT = _finite(tokenize(checkpoint.state_dict(), prepared.table))
                 tokens_NT, _ = prepared.normalization.normalize(tokens_NT, prepared.table)
@@ -230,13 +236,23 @@ class CheckpointNetworks:
 
 
 class _Ranges:
-    """Tokens of one large checkpoint, made as they are asked for."""
+    """Tokens of one large checkpoint, made as they are asked for.
 
-    def __init__(self, checkpoint: Checkpoint, prepared: Prepared) -> None:
-        self._checkpoint, self._prepared = checkpoint, prepared
+    Raises:
+        Unreadable: When it is asked: the tokens cannot be read.
+    """
+
+    def __init__(self, record: Record, checkpoint: Checkpoint, prepared: Prepared) -> None:
+        self._record, self._checkpoint, self._prepared = record, checkpoint, prepared
         self._scale = _own_norms(checkpoint, prepared.table) if prepared.normalization.mode == "l2" else None
 
     def __call__(self, start: int, stop: int) -> Tensor:
+        try:
+            return self._tokens(start, stop)
+        except Exception as error:  # one odd file must not end the work on all the others
+            raise Unreadable(why(error, self._record)) from error
+
+    def _tokens(self, start: int, stop: int) -> Tensor:
         table = self._prepared.table
         tokens_nT = _finite(tokenize_range(self._checkpoint.read, table, start, stop))
         return self._prepared.normalization.normalize(tokens_nT, table, start, self._scale, out=tokens_nT)[0][None]

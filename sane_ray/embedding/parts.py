@@ -67,12 +67,29 @@ class Part:
 
         def keep(first: int, z_RnL: Tensor) -> None:
             for identifier, z_nL in zip(batch.ids, z_RnL, strict=True):
-                table = _tokens(identifier, first, z_nL, batch.prepared.table, self.token_dtype)
-                if self._tokens is None:
-                    self._tokens = pq.ParquetWriter(self._partial / _TOKENS, table.schema, compression="none")
-                self._tokens.write_table(table)
+                self._keep(_tokens(identifier, first, z_nL, batch.prepared.table, self.token_dtype))
 
         return keep
+
+    def discard(self, batch: Batch, reason: str) -> None:
+        """Leaves out a batch that could not be read to its end, and takes back what was kept of its tokens."""
+        self.left_out += [LeftOut(row, reason) for row in batch.rows]
+        if self._tokens is None:
+            return
+        self._tokens.close()
+        self._tokens, before = None, self._partial / f"{_TOKENS}.before"
+        (self._partial / _TOKENS).rename(before)
+        with pq.ParquetFile(before) as kept:
+            for number in range(kept.num_row_groups):  # each of one network
+                table = kept.read_row_group(number)
+                if table["id"][0].as_py() not in batch.ids:
+                    self._keep(table)
+        before.unlink()
+
+    def _keep(self, tokens: pa.Table) -> None:
+        if self._tokens is None:
+            self._tokens = pq.ParquetWriter(self._partial / _TOKENS, tokens.schema, compression="none")
+        self._tokens.write_table(tokens)
 
     def write(self) -> None:
         """Puts the part in its place; another that is already there is the same, and stays."""

@@ -2,7 +2,8 @@
 
 The model carries the layer tables and normalisations that it was trained with. An architecture that it has not seen is
 normalised by the statistics of its layers' kinds, as the token store does for architectures without training models.
-What does not fit is refused with the reason and the remedy. Never reads weights, never imports Ray.
+Stored tokens that were normalised otherwise are converted: their own normalisation undone, the model's done. What does
+not fit is refused with the reason and the remedy. Never reads weights, never imports Ray.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from sane_ray.autoencoder.model import SANE
@@ -20,8 +21,11 @@ from sane_ray.tokens.kinds import BatchNorm, Parameters
 from sane_ray.tokens.layers import LayerTable
 from sane_ray.tokens.normalization import LayerStatistics, Normalization, fit
 from sane_ray.tokens.store.layout import by_kind, of_kinds
-from sane_ray.tokens.store.reading import Architecture
+from sane_ray.tokens.store.reading import Architecture, TokenStore
 from sane_ray.tokens.tokenizer import build_layer_table, check_fits
+
+SETTINGS = ("batch_norm", "parameters", "align")
+"""Options of the token store that a model carries beside its layer tables, as ``preprocessing_of`` writes them."""
 
 
 @dataclass(frozen=True)
@@ -57,41 +61,65 @@ class Preprocessing:
         }
         first, self._normalization = next(iter(self._known.values()))
         self._layout = first.layout
-        reasons = {entry.reason for table, _ in self._known.values() for entry in table.untokenized}
-        self._batch_norm: BatchNorm = "ignore" if "batch norm is ignored" in reasons else "keep"
-        self._parameters: Parameters = "weights" if any(reason.startswith("named ") for reason in reasons) else "all"
+        self._said = {name: model.preprocessing[name] for name in SETTINGS if name in model.preprocessing}
+        tables = [table for table, _ in self._known.values()]
+        guessed_batch_norm = "ignore" if any(_left_out(table, "batch_norm") for table in tables) else "keep"
+        guessed_parameters = "weights" if any(_left_out(table, "parameters") for table in tables) else "all"
+        self._batch_norm: BatchNorm = self._said.get("batch_norm", guessed_batch_norm)
+        self._parameters: Parameters = self._said.get("parameters", guessed_parameters)
 
     @property
     def mode(self) -> str:
         """The mode of normalisation."""
         return self._normalization.mode
 
-    def of_store(self, architecture: Architecture, source: str = "ZOO") -> Prepared:
+    def of_store(self, architecture: Architecture, settings: Mapping[str, str] | None = None) -> Prepared:
         """How the stored tokens of an architecture become the model's.
 
         Args:
             architecture: As the store has it.
-            source: Where its checkpoints lie, for the message.
+            settings: Options that the store was prepared with, as ``settings_of`` gives them.
 
         Raises:
-            InputError: They cannot, or were normalised otherwise than in training; says what to do.
+            InputError: They cannot; says which option to prepare them with.
         """
         table, normalization = architecture.table, architecture.normalization
         check_fits_model(table, self._config)
-        for option, theirs, ours in (
-            ("layout", table.layout, self._layout),
-            ("normalization", normalization.mode, self.mode),
-        ):
-            if theirs != ours:
-                raise InputError(
-                    f"it was prepared with tokens.{option} {theirs}, the networks of the model's training with {ours}: "
-                    f"prepare it again with --tokens.{option} {ours}"
-                )
+        if table.layout != self._layout:
+            raise _otherwise("layout", table.layout, self._layout)
+        if normalization.mode != self.mode == "l2":  # which divides by norms that the store does not have
+            raise _otherwise("normalization", normalization.mode, self.mode)
         for known, trained_with in self._known.values():
             if known.fingerprint == table.fingerprint:
-                _check_same(normalization, trained_with, table, source)
-                return Prepared(architecture.name, table, trained_with, trained_on=True)
+                stored = None if _same(normalization, trained_with) else normalization
+                return Prepared(architecture.name, table, trained_with, trained_on=True, stored=stored)
+        self._check_tokenised_alike(table, settings or {})
         return Prepared(architecture.name, table, self._of_kinds(table), trained_on=False, stored=normalization)
+
+    def warnings_of(self, align: str) -> list[str]:
+        """What does not keep networks from being embedded, but makes their embeddings others than in training.
+
+        Alignment reorders the channels of a network and leaves its function as it is: its tokens are those of a valid
+        network either way, and only their order is unlike that of training.
+
+        Args:
+            align: How the networks are aligned, as ``tokens.align`` says it.
+        """
+        trained = self._said.get("align", align)
+        if trained == align:
+            return []
+        return [
+            f"the networks of the model's training were prepared with tokens.align {trained}, these with {align}: "
+            "their channels come in another order than the model has learned, and embeddings and errors may be worse "
+            f"for it; prepare them with --tokens.align {trained} and embed that store"
+        ]
+
+    def _check_tokenised_alike(self, table: LayerTable, settings: Mapping[str, str]) -> None:
+        """Raises ``InputError`` if the model's training would have taken other tensors of this architecture."""
+        for option in ("batch_norm", "parameters"):
+            theirs, ours = settings.get(option), self._said.get(option)
+            if theirs and ours and theirs != ours and (_left_out(table, option) or _takes_more(table, option, ours)):
+                raise _otherwise(option, theirs, ours)
 
     def of_weights(self, meta: Mapping[str, Tensor]) -> Prepared:
         """How the weights of a checkpoint become the model's tokens.
@@ -131,19 +159,43 @@ def _statistics(normalization: Normalization) -> LayerStatistics:
     return LayerStatistics(1, shift, scale**2, scale, shift - scale, shift + scale)
 
 
-def _check_same(found: Normalization, wanted: Normalization, table: LayerTable, source: str) -> None:
-    """Raises ``InputError`` unless two normalisations of a mode do the same to each layer.
+def settings_of(store: TokenStore) -> dict[str, str]:
+    """The options of ``SETTINGS`` that a store was prepared with."""
+    said = {"align": store.index["alignment"]["method"]} | store.index.get("inputs", {}).get("tokens", {})
+    return {name: said[name] for name in SETTINGS if name in said}
+
+
+_REASONS = {"batch_norm": "batch norm is ignored", "parameters": "named "}
+"""How a layer table begins to say that it has left a tensor out because of an option."""
+
+
+def _left_out(table: LayerTable, option: str) -> bool:
+    """Whether tensors were left out because of an option."""
+    return any(entry.reason.startswith(_REASONS[option]) for entry in table.untokenized)
+
+
+def _takes_more(table: LayerTable, option: str, ours: str) -> bool:
+    """Whether some of its tensors would be left out with our value of an option."""
+    shapes = {layer.key: layer.shape for layer in table.layers}
+    shapes |= {layer.bias_key: layer.shape[:1] for layer in table.layers if layer.bias_key}
+    meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    try:
+        built = build_layer_table(meta, token_size=table.token_size, layout=table.layout, **{option: ours})  # type: ignore[arg-type]
+    except InputError:  # none is left
+        return True
+    return _left_out(built, option)
+
+
+def _otherwise(option: str, theirs: str, ours: str) -> InputError:
+    return InputError(
+        f"it was prepared with tokens.{option} {theirs}, the networks of the model's training with {ours}: "
+        f"prepare it again with --tokens.{option} {ours}"
+    )
+
+
+def _same(found: Normalization, wanted: Normalization) -> bool:
+    """Whether two normalisations do the same to each layer.
 
     In ``l2`` each network is divided by its own norms, so that the means over the training split do not matter.
     """
-    if found.mode == "l2":
-        return
-    differs = (found.shift != wanted.shift) | (found.scale != wanted.scale)
-    if differs.any():
-        layer = int(np.argmax(differs))
-        raise InputError(
-            f"{table.layers[layer].key} was normalised with shift {found.shift[layer]:.6g} and scale "
-            f"{found.scale[layer]:.6g}, in the model's training with {wanted.shift[layer]:.6g} and "
-            f"{wanted.scale[layer]:.6g}: embed the checkpoints themselves, which are then normalised as in training "
-            f"(--source {source} in place of --store), or the store that the model was trained on"
-        )
+    return found == wanted or found.mode == wanted.mode == "l2"

@@ -12,8 +12,11 @@ Never writes, never imports Ray. Shape suffixes: R checkpoints, L values of an e
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +46,11 @@ class Embeddings:
         path: Their folder.
         index: Content of embeddings.json.
         models: models.parquet, in the order of the store or source.
-        layers: layers.parquet, in the same order, layers of a checkpoint one after the other.
     """
 
     path: Path
     index: dict[str, Any]
     models: pa.Table
-    layers: pa.Table
 
     @classmethod
     def open(cls, folder: str | Path) -> Embeddings:
@@ -60,8 +61,25 @@ class Embeddings:
         """
         path = Path(folder).expanduser().absolute()
         index = read_index(path)
-        models, layers = (_read(path, name, index) for name in (MODELS_FILE, LAYERS_FILE))
-        return cls(path, index, models, layers)
+        _check_rows(path, LAYERS_FILE, index)
+        _check_rows(path, MODELS_FILE, index)
+        with _whole(path, MODELS_FILE):
+            return cls(path, index, pq.read_table(path / MODELS_FILE, partitioning=None))
+
+    @cached_property
+    def layers(self) -> pa.Table:
+        """layers.parquet, in the order of ``models``, layers of a checkpoint one after the other.
+
+        Read when it is first asked for, and kept: gigabytes for a large zoo, of which ``layer_columns`` and
+        ``layer_vectors`` read what is needed.
+        """
+        with _whole(self.path, LAYERS_FILE):
+            return pq.read_table(self.path / LAYERS_FILE, partitioning=None)
+
+    @property
+    def num_layers(self) -> int:
+        """Rows of layers.parquet, of which nothing is read."""
+        return self.index["rows"][LAYERS_FILE]
 
     @property
     def latent_dim(self) -> int:
@@ -93,14 +111,44 @@ class Embeddings:
         Raises:
             InputError: There is no vector or architecture of that name.
         """
+        ids, count, size = self._ids_of(architecture), len(self._layers_of(architecture)), self._size(_known(name))
+        values_FL, filled = np.empty((len(ids) * count, size), np.float32), 0
+        for batch in self._layer_batches([name], architecture):
+            some_FL = batch[name].flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+            values_FL[filled : filled + len(some_FL)] = some_FL[: len(values_FL) - filled]
+            filled += len(some_FL)
+        if filled != len(values_FL):
+            raise _damaged(self.path, LAYERS_FILE, f"{filled} layers of {architecture} instead of {len(values_FL)}")
+        return ids.to_pylist(), values_FL.reshape(len(ids), count, size)
+
+    def layer_columns(self, names: Sequence[str], architecture: str) -> pa.Table:
+        """Some columns of layers.parquet, for the checkpoints of one architecture; no others are read.
+
+        Raises:
+            InputError: There is no architecture of that name, or the file is damaged.
+        """
+        self._layers_of(architecture)
+        schema = pa.schema([pq.read_schema(self.path / LAYERS_FILE).field(name) for name in names])
+        return pa.Table.from_batches(
+            [batch.select(list(names)) for batch in self._layer_batches(names, architecture)], schema
+        )
+
+    def _layer_batches(self, names: Sequence[str], architecture: str) -> Iterator[pa.RecordBatch]:
+        """Rows of the checkpoints of an architecture in their order, some at a time."""
+        alone = len(self.index["architectures"]) == 1
+        wanted = None if alone else self._ids_of(architecture)
+        with _whole(self.path, LAYERS_FILE), pq.ParquetFile(self.path / LAYERS_FILE, memory_map=True) as file:
+            for batch in file.iter_batches(columns=list(dict.fromkeys([*names, *([] if alone else ["id"])]))):
+                yield batch if wanted is None else batch.filter(pc.is_in(batch["id"], value_set=wanted))
+
+    def _ids_of(self, architecture: str) -> pa.Array:
+        return self.models["id"].filter(pc.equal(self.models["architecture"], architecture)).combine_chunks()
+
+    def _layers_of(self, architecture: str) -> list[dict[str, Any]]:
         if architecture not in self.index["architectures"]:
             known = ", ".join(sorted(self.index["architectures"]))
             raise InputError(f"{self.path} has no architecture {architecture!r}: take one of {known}")
-        ids = self.models.filter(pc.field("architecture") == architecture)["id"]
-        rows = self.layers.filter(pc.is_in(self.layers["id"], value_set=ids.combine_chunks()))
-        count = len(self.index["architectures"][architecture]["layers"])
-        matrix = _matrix(rows, _known(name), self._size(name))
-        return ids.to_pylist(), matrix.reshape(len(ids), count, self._size(name))
+        return self.index["architectures"][architecture]["layers"]
 
     def _size(self, name: str) -> int:
         return len(SHAPE) if name == "shape" else self.latent_dim
@@ -132,20 +180,28 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _read(folder: Path, name: str, index: dict[str, Any]) -> pa.Table:
-    path = folder / name
-    try:
-        table = pq.read_table(path, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
+def _check_rows(folder: Path, name: str, index: dict[str, Any]) -> None:
+    """Raises ``InputError`` unless a table has the rows that the index says, by its footer alone."""
+    with _whole(folder, name):
+        rows = pq.read_metadata(folder / name).num_rows
+    if rows != index["rows"][name]:
         raise InputError(
-            f"{path}: damaged or missing ({error}); delete {folder} and run jobs/embed.py again"
-        ) from error
-    if len(table) != index["rows"][name]:
-        raise InputError(
-            f"{path}: has {len(table)} rows instead of {index['rows'][name]}; delete {folder} and run jobs/embed.py "
+            f"{folder / name}: has {rows} rows instead of {index['rows'][name]}; delete {folder} and run jobs/embed.py "
             "again"
         )
-    return table
+
+
+@contextlib.contextmanager
+def _whole(folder: Path, name: str) -> Iterator[None]:
+    """Says what cannot be read inside, and what to do."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(folder, name, str(error)) from error
+
+
+def _damaged(folder: Path, name: str, reason: str) -> InputError:
+    return InputError(f"{folder / name}: damaged or missing ({reason}); delete {folder} and run jobs/embed.py again")
 
 
 def _known(name: str) -> str:

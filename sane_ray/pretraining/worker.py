@@ -19,6 +19,7 @@ import torch
 
 from sane_ray.autoencoder.model import CONFIG_FILE
 from sane_ray.cluster import quieten
+from sane_ray.embedding.preprocessing import settings_of
 from sane_ray.errors import InputError
 from sane_ray.hardware import measured_peak, peak_flops
 from sane_ray.pretraining.batch import Batch
@@ -450,4 +451,4 @@ class _Loop:
 def preprocessing_of(store: TokenStore) -> dict[str, Any]:
     """How the store's weights became tokens: what a trained model carries along and enforces."""
     architectures = {name: architecture.to_dict() for name, architecture in store.architectures.items()}
-    return {"token_size": store.token_size, "architectures": architectures}
+    return {"token_size": store.token_size, **settings_of(store), "architectures": architectures}

@@ -6,6 +6,7 @@ from torch import nn
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.config import AutoencoderConfig, TokensConfig
+from sane_ray.embedding.preprocessing import settings_of
 from sane_ray.tokens.store.writing import write_store
 from sane_ray.zoo.catalog import discover
 
@@ -50,7 +51,7 @@ def make_model(store, window=10, names=None, **settings):
         "max_positions": [max(size) for size in zip(*sizes, strict=True)],
     }  # fmt: skip
     model = SANE(AutoencoderConfig(**defaults | settings), seed=3).eval()
-    model.preprocessing = {"token_size": store.token_size, "architectures": entries}
+    model.preprocessing = {"token_size": store.token_size, **settings_of(store), "architectures": entries}
     model.provenance = {"run": "test"}
     with torch.no_grad():
         for parameter in model.parameters():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +21,10 @@ from safetensors.torch import save_file
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.config import ClusterConfig, EmbeddingConfig
-from sane_ray.embedding import VECTORS, Embeddings, networks, writing
+from sane_ray.embedding import VECTORS, Embeddings, networks, parts, writing
 from sane_ray.embedding.writing import embed, is_complete, plan_records, plan_store
 from sane_ray.errors import InputError
+from sane_ray.preflight import Resources
 from sane_ray.tokens.store.writing import write_store
 from sane_ray.zoo.catalog import discover
 
@@ -243,8 +245,8 @@ def test_of_a_store_of_several_architectures_those_that_fit_are_embedded(tmp_pat
 
 
 def test_a_store_that_fits_nothing_is_refused_before_any_work(model, known_zoo, tmp_path):
-    store = make_store(write_zoo(tmp_path / "zoo", scale=2.0), tmp_path / "store")
-    with pytest.raises(InputError, match=r"was normalised with shift .*--source .*zoo"):
+    store = make_store(known_zoo, tmp_path / "store", token_size=30)
+    with pytest.raises(InputError, match=r"tokens have 30 values, .*--tokens.token_size 24"):
         plan_store(model, store, tmp_path / "out", EXACT)
 
 
@@ -270,9 +272,9 @@ def test_large_checkpoints_are_embedded_a_range_at_a_time_and_are_the_same(tmp_p
 def test_on_ray_a_pool_of_actors_gives_the_same(ray_session, model, known_store, tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "UNIT_CHECKPOINTS", 2)
     here = embed(plan_store(model, known_store, tmp_path / "here", EXACT))
-    monkeypatch.setattr(writing, "SMALL_CHECKPOINTS", 0)
     plan = plan_store(model, known_store, tmp_path / "ray", EXACT)
-    assert not plan.is_small
+    assert plan.is_small, "two workers are asked for, and there is work for both"
+    monkeypatch.setattr(writing.Worker, "embed", lambda self, unit: "embedded in this process")
     there = embed(plan, ClusterConfig(num_workers=2, cpus_per_worker=1, data_cpus=0.5))
     assert same(there, here)
 
@@ -312,3 +314,236 @@ def test_names_that_are_not_there_are_told(whole, tmp_path):
     (tmp_path / "embeddings.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="version is 9, this sane_ray reads 1"):
         Embeddings.open(tmp_path)
+
+
+@pytest.mark.parametrize("stored", [{}, {"normalization": "minmax"}, {"segment_mb": 1e-4, "row_group_mb": 7e-4}])
+def test_a_store_of_another_zoo_gives_what_its_checkpoints_give(model, tmp_path, stored):
+    zoo = write_zoo(tmp_path / "zoo", scale=2.0)
+    store = make_store(zoo, tmp_path / "store", **stored)
+    found, raw = embed(plan_store(model, store, tmp_path / "one", EXACT)), embed(of_zoo(model, zoo, tmp_path / "two"))
+    order = [raw.models["id"].to_pylist().index(name) for name in found.models["id"].to_pylist()]
+    for name in ("mean", "q99"):
+        np.testing.assert_allclose(found.vectors(name), raw.vectors(name)[order], rtol=1e-4, atol=1e-5)
+    errors = (one.models["reconstruction_mse"].to_numpy() for one in (found, raw))
+    np.testing.assert_allclose(next(errors), next(errors)[order], rtol=1e-4)
+    assert all(found.models["trained_on"].to_pylist())
+
+
+def begun(plan):
+    """The same embeddings, as they are after a kill within the second part."""
+    real, calls = writing.Worker.embed, []
+
+    def until_second(self, unit):
+        calls.append(unit)
+        if len(calls) == 2:
+            raise Killed
+        return real(self, unit)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(writing.Worker, "embed", until_second)
+        embed(plan)
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+def test_the_number_format_that_a_folder_was_begun_in_is_kept(model, known_store, tmp_path, monkeypatch, first):
+    monkeypatch.setattr(networks, "UNIT_CHECKPOINTS", 5)
+    name, other = (
+        str(first).removeprefix("torch."),
+        {torch.bfloat16: torch.float32, torch.float32: torch.bfloat16}[first],
+    )
+    plan = plan_store(model, known_store, tmp_path / "auto", EmbeddingConfig())
+    monkeypatch.setattr(writing, "choose_format", lambda *_: first)
+    begun(plan)
+    assert json.loads((plan.output / "identity.json").read_text())["settings"]["precision"] == name
+    monkeypatch.setattr(writing, "choose_format", lambda *_: other)  # as on another machine
+    monkeypatch.setattr("sane_ray.embedding.encoder.has_bfloat16", lambda *_: other == torch.bfloat16)
+    found = embed(plan)
+    said = plan_store(model, known_store, tmp_path / "said", EmbeddingConfig(precision=name))
+    assert same(found, embed(said)) and found.index["settings"]["precision"] == name
+    assert is_complete(plan) and is_complete(dataclasses.replace(said, output=plan.output))
+    asked = dataclasses.replace(plan, config=EmbeddingConfig(precision=str(other).removeprefix("torch.")))
+    with pytest.raises(InputError, match=rf"embedding\.precision '{name}', which is now"):
+        embed(asked)
+
+
+def test_what_the_workers_are_decides_the_number_format_not_the_driver(monkeypatch):
+    monkeypatch.setattr(writing, "choose_format", lambda *_: torch.float32)
+    workers = Resources(min_workers=2, max_workers=2, gpu=True, cpus_per_worker=1, data_cpus=1)
+    assert writing.precision_of(workers) == "bfloat16"
+    assert writing.precision_of(dataclasses.replace(workers, gpu=False)) == "float32"
+    assert writing.precision_of(torch.device("cpu")) == "float32"
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A zoo of which all networks count as large, and are one unit; the last layer of one is not finite."""
+    zoo = write_zoo(tmp_path / "zoo", known=4)
+    broken = known_network(1)
+    broken["4.weight"][:] = float("nan")
+    save_file(broken, zoo / "knownb.safetensors")
+
+    def planned(model, name="out"):
+        monkeypatch.setattr(networks, "UNIT_BYTES", 64e6)
+        config = dataclasses.replace(EXACT, tokens=True, tokens_at_once=10)
+        plan = of_zoo(model, zoo, tmp_path / name, config)
+        assert len(plan.units) == 1
+        monkeypatch.setattr(networks, "UNIT_BYTES", 100)
+        return plan
+
+    return planned
+
+
+def test_a_large_checkpoint_that_breaks_off_is_left_out_with_its_tokens(model, large):
+    found = embed(large(model))
+    (left_out,) = found.left_out
+    assert "knownb" in left_out["id"] and left_out["reason"] == "holds NaN or infinite values"
+    tokens = pq.read_table(found.path / "tokens")
+    assert len(found.models) == 3 and set(tokens["id"].to_pylist()) == set(found.models["id"].to_pylist())
+    assert len(tokens) == sum(found.models["tokens"].to_pylist())
+
+
+def test_a_file_that_cannot_be_read_is_no_disk_that_cannot_be_written(model, large, monkeypatch):
+    real = networks._Ranges._tokens
+
+    def gone(self, start, stop):
+        if "knownc" in str(self._record.path) and start:
+            raise OSError(5, "Input/output error")
+        return real(self, start, stop)
+
+    monkeypatch.setattr(networks._Ranges, "_tokens", gone)
+    found = embed(large(model))
+    assert [one["reason"] for one in found.left_out if "knownc" in one["id"]] == [
+        "cannot be read (OSError: [Errno 5] Input/output error)"
+    ]
+    assert len(found.models) == 2 and len(pq.read_table(found.path / "tokens")) == sum(
+        found.models["tokens"].to_pylist()
+    )
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parts.Part, "_keep", full)
+    with pytest.raises(InputError, match=r"cannot be written \(.*No space left.*free some space"):
+        embed(large(model, "full"))
+
+
+def test_a_full_disk_leaves_the_identity_as_it_was(model, known_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "UNIT_CHECKPOINTS", 5)
+    plan, fresh = (plan_store(model, known_store, tmp_path / name, EXACT) for name in ("begun", "fresh"))
+    begun(plan)
+    real = Path.write_text
+
+    def full(self, text, **options):
+        real(self, text[:9], **options)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        for one in (plan, fresh):
+            with pytest.raises(InputError, match=r"cannot be written .*No space left"):
+                embed(one)
+    assert not fresh.output.exists()
+    assert len(embed(plan).models) == 12
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_an_identity_that_cannot_be_read_is_told_in_words(model, known_store, tmp_path, content):
+    plan = plan_store(model, known_store, tmp_path / "out", EXACT)
+    plan.output.mkdir()
+    (plan.output / "identity.json").write_text(content)
+    with pytest.raises(InputError, match=r"identity.json .*what was being embedded there: delete .*out"):
+        embed(plan)
+
+
+def test_what_a_kill_leaves_of_an_identity_is_in_nobodys_way(model, known_store, tmp_path):
+    plan = plan_store(model, known_store, tmp_path / "out", EXACT)
+    plan.output.mkdir()
+    (plan.output / ".identity.json").write_text("{")
+    assert len(embed(plan).models) == 12
+
+
+@pytest.mark.parametrize(
+    ("units", "size", "cluster", "cuda", "address", "here"),
+    [
+        (1, 1e3, {}, False, "", True),
+        (9, 1e3, {}, False, "", True),
+        (9, 1e3, {"gpu": "yes"}, False, "", False),
+        (1, 1e3, {"gpu": "yes"}, False, "", False),
+        (9, 1e3, {"gpu": "yes"}, True, "", True),
+        (9, 1e3, {"num_workers": 2}, False, "", False),
+        (9, 1e3, {"num_workers": (1, 4)}, False, "", False),
+        (1, 1e3, {"num_workers": 2}, False, "", True),
+        (9, 1e9, {}, True, "", False),
+        (1, 14e9, {}, False, "", True),
+        (1, 14e9, {}, False, "ray://head:10001", False),
+        (1, 14e9, {}, True, "ray://head:10001", True),
+        (1, 14e9, {"gpu": "no"}, False, "ray://head:10001", True),
+    ],
+)
+def test_workers_that_are_asked_for_are_taken_where_they_help(
+    model, known_store, tmp_path, monkeypatch, units, size, cluster, cuda, address, here
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    plan = plan_store(model, known_store, tmp_path / "out", EXACT)
+    plan = dataclasses.replace(plan, size=size, units=plan.units[:1] * units)
+    assert plan.runs_here(ClusterConfig(**cluster)) == here
+    assert ("in this process" in plan.place(ClusterConfig(**cluster))) == here
+
+
+def test_workers_that_cannot_help_are_told_of(model, known_store, tmp_path, caplog):
+    plan = plan_store(model, known_store, tmp_path / "out", EXACT)
+    plan = dataclasses.replace(plan, units=[networks.Unit(0, plan.units[0].rows, plan.units[0].groups)])
+    embed(plan, ClusterConfig(num_workers=4))
+    assert "cluster.num_workers is 4: they are one unit of work" in caplog.text
+
+
+def test_layers_are_read_when_they_are_asked_for_and_only_the_columns_that_are(tmp_path, monkeypatch):
+    store = make_store(write_zoo(tmp_path / "zoo", known=6, other=6), tmp_path / "store")
+    make_model(store, max_positions=[99, 9, 99]).save_pretrained(tmp_path / "model")
+    path = embed(plan_store(tmp_path / "model", store, tmp_path / "out", EXACT)).path
+    expected, taken = pq.read_table(path / "layers.parquet"), []
+    real_table, real_batches = pq.read_table, pq.ParquetFile.iter_batches
+
+    def batches(self, *args, columns, **options):
+        taken.append(columns)
+        return real_batches(self, *args, columns=columns, batch_size=4)
+
+    monkeypatch.setattr(
+        pq, "read_table", lambda file, **options: taken.append(file.name) or real_table(file, **options)
+    )
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", batches)
+    found = Embeddings.open(path)
+    assert found.num_layers == len(expected) and taken == ["models.parquet"]
+    for architecture in found.index["architectures"]:
+        ids, vectors = found.layer_vectors("std", architecture)
+        rows = expected.filter(pa.compute.is_in(expected["id"], value_set=pa.array(ids)))
+        assert len(rows) == vectors.shape[0] * vectors.shape[1] > 0
+        assert np.array_equal(vectors.reshape(len(rows), -1), np.array(rows["std"].to_pylist(), np.float32))
+        assert found.layer_columns(["name", "tokens"], architecture).equals(rows.select(["name", "tokens"]))
+    assert taken[1:] == [["std", "id"], ["name", "tokens", "id"]] * 2
+    assert found.layers.equals(expected)
+
+
+def test_layers_that_are_fewer_than_the_networks_have_are_told(model, known_store, tmp_path):
+    path = embed(plan_store(model, known_store, tmp_path / "out", EXACT)).path
+    content = json.loads((path / "embeddings.json").read_text())
+    content["rows"]["layers.parquet"] -= 1
+    (path / "embeddings.json").write_text(json.dumps(content))
+    pq.write_table(pq.read_table(path / "layers.parquet").slice(1), path / "layers.parquet")
+    found = Embeddings.open(path)
+    with pytest.raises(InputError, match=r"layers.parquet: damaged .*59 layers"):
+        found.layer_vectors("mean", next(iter(found.index["architectures"])))
+
+
+def test_the_lock_goes_while_it_is_held_and_the_empty_folder_with_it(tmp_path, monkeypatch):
+    seen, real = [], writing.FileLock.release
+
+    def release(self, *args, **options):
+        seen.append(Path(self.lock_file).exists())
+        real(self, *args, **options)
+
+    monkeypatch.setattr(writing.FileLock, "release", release)
+    with writing._held(tmp_path / "out"):
+        assert (tmp_path / "out" / ".lock").exists()
+    assert seen[0] is False and not (tmp_path / "out").exists()

@@ -11,11 +11,16 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
-from sane_ray.config import EmbedJob
+from sane_ray.analysis import depth
+from sane_ray.config import EmbeddingConfig, EmbedJob
 from sane_ray.embedding import Embeddings
+from sane_ray.embedding import job as embed_job
 from sane_ray.embedding.job import EXPERIMENT, LOGGED_FILE
+from sane_ray.embedding.writing import embed as embed_plan
+from sane_ray.embedding.writing import plan_records
 from sane_ray.errors import InputError
 from sane_ray.tracking import default_uri
+from sane_ray.zoo.catalog import discover
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "embedding"))
@@ -94,6 +99,28 @@ def test_what_was_left_out_is_told_with_the_reason(made, tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert "left out large/0: it needs 500 positions" in printed and "2 checkpoints, 10 layers" in printed
+
+
+def test_of_many_checkpoints_of_a_source_the_spectra_of_some_are_computed(made, tmp_path, monkeypatch):
+    model, zoo = made / "runs" / "calm" / "model", made / "zoo"
+    plan = plan_records(model, discover(zoo), zoo, tmp_path / "out", EmbeddingConfig())
+    embeddings, ids = embed_plan(plan), [record.id for record in discover(zoo)]
+    assert sorted(embed_job.spectra_of_plan(plan, embeddings)) == ids
+    monkeypatch.setattr(depth, "MOST_STORED", 3)
+    spectra = embed_job.spectra_of_plan(plan, embeddings)
+    assert sorted(spectra) == [ids[0], ids[5], ids[11]] and all(len(one) == 5 for one in spectra.values())
+    monkeypatch.setattr(embed_job, "MOST_SPECTRA_WEIGHTS", 10)
+    assert embed_job.spectra_of_plan(plan, embeddings) == {}
+
+
+def test_a_model_of_aligned_networks_warns_of_others_before_and_after(made, tmp_path, capsys):
+    aligned = make_store(made / "zoo", tmp_path / "aligned", align="weights")
+    make_model(aligned).save_pretrained(tmp_path / "model")
+    job = EmbedJob(model=str(tmp_path / "model"), store=str(made / "store"), storage=str(tmp_path / "results"))
+    for dry_run in (True, False):
+        embed.main(job, dry_run)
+        printed = capsys.readouterr().out
+        assert "tokens.align weights, these with none" in printed and "--tokens.align weights" in printed
 
 
 @pytest.mark.parametrize(
