@@ -232,7 +232,9 @@ class FeatureSource:
             notes += [f"weights of {zoo.name} are normalised as those of {self.zoos[0].name}"] if alike else []
             for batch in batches(zoo.store):
                 rows = zoo.rows_of_store[batch.checkpoints]
-                other = renormalized(batch, alike[batch.architecture.name]) if batch.architecture.name in alike else batch
+                other = (
+                    renormalized(batch, alike[batch.architecture.name]) if batch.architecture.name in alike else batch
+                )
                 for name, held in pieces.items():
                     columns, values = _from_weights(name, other if name in NORMALIZED else batch)
                     held.append(_Piece(start + rows[rows >= 0], columns, values[rows >= 0]))
@@ -262,8 +264,8 @@ class FeatureSource:
             return ""
         sizes = " and ".join(f"{layout} of {size}" for size, layout in sorted(layouts))
         return (
-            f"its tokens are {sizes} values, and their padding counts: prepare both stores with one --tokens.token_size "
-            "and --tokens.layout"
+            f"its tokens are {sizes} values, and their padding counts: prepare both stores with one "
+            "--tokens.token_size and --tokens.layout"
         )
 
     def _refuse_weights(self) -> str:

@@ -110,7 +110,8 @@ class Population:
 
     def split(self) -> Part:
         """The first zoo's splits."""
-        return Part("split", "", *(self.rows(split) for split in SPLITS))
+        train, val, test = (self.rows(split) for split in SPLITS)
+        return Part("split", "", train, val, test)
 
     def leave_one_epoch(self) -> Iterator[Part]:
         """A part for each epoch of the first zoo; none if there is only one."""
@@ -142,7 +143,7 @@ class Population:
         return found
 
     def _unknown(self, trained: int, tested: int) -> tuple[Rows, str]:
-        """Test rows of a zoo without the models that another one has for training or validation, and how many these are.
+        """Test rows of a zoo without the models that another one trains or chooses on, and how many these are.
 
         A checkpoint is known by the digest of its weights; by its id where one of the two has no digest.
         """
