@@ -69,9 +69,9 @@ def spectral_metrics(matrices_BCF: NDArray[np.floating]) -> Array:
 
 def _log_alpha_norm(eigenvalues_BE: Array, alpha_B: Array) -> Array:
     """log10(sum(eigenvalues^alpha)), summed by logarithms: powers of large eigenvalues would overflow."""
-    with np.errstate(divide="ignore"):  # the power of zero is zero, its logarithm minus infinity
+    with np.errstate(divide="ignore", invalid="ignore"):  # the logarithm of zero to a power is minus infinity
         powers_BE = alpha_B[:, None] * np.log(eigenvalues_BE)
-    return np.logaddexp.reduce(powers_BE, axis=1) / np.log(10)
+        return np.asarray(np.logaddexp.reduce(powers_BE, axis=1) / np.log(10))
 
 
 def fit_power_law(values_BE: Array) -> tuple[Array, Array, Array]:

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 
 from sane_ray.cli import parse
 from sane_ray.config import PREDICTIONS, PredictJob, PropertiesConfig
-from sane_ray.errors import InputError
 from sane_ray.embedding import Embeddings
+from sane_ray.errors import InputError
 from sane_ray.properties import Zoo, predict
 from sane_ray.properties.job import EXPERIMENT, LOGGED_FILE, check_other, open_zoo
 

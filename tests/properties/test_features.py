@@ -116,7 +116,7 @@ def test_another_mode_of_normalisation_is_undone(zoos, store, other_store, tmp_p
 
 
 def test_zoos_whose_padding_differs_have_no_published_statistics_in_common(store, mixed_store, zoos, tmp_path):
-    with pytest.raises(Unavailable, match="tokens are sparse of 5 and sparse of 7 values.* one --tokens.token_size"):
+    with pytest.raises(Unavailable, match=r"tokens are sparse of 5 and sparse of 7 values.* one --tokens\.token_size"):
         FeatureSource([Zoo("a", store), Zoo("b", mixed_store)]).blocks("statistics_published")
     wider = zoos.write(tmp_path / "store", store.path.parent / "zoo", token_size=7)
     other = FeatureSource([Zoo("a", wider), Zoo("b", mixed_store)]).blocks("statistics_published")[0]

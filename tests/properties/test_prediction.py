@@ -184,9 +184,8 @@ def test_networks_without_splits_are_refused_before_anything_is_fitted(store, zo
     content = predict([Zoo("zoo", store, seen)], config, tmp_path / "out")
     assert "r2" in content["rows"][0] and sum(content["zoos"][0]["models_by_split"].values()) == 20
     splits = pa.array([None] * 3 + store.models["split"].to_pylist()[3:])
-    some = store.models.set_column(store.models.column_names.index("split"), "split", splits)
-    config = dataclasses.replace(config, features=["statistics"])
-    content = predict([Zoo("zoo", dataclasses.replace(store, models=some))], config, tmp_path / "some")
+    some = seen.models.set_column(seen.models.column_names.index("split"), "split", splits)
+    content = predict([Zoo("zoo", None, dataclasses.replace(seen, models=some))], config, tmp_path / "some")
     assert "3 of 60 checkpoints of zoo are in no split, and left out" in content["notes"]
 
 

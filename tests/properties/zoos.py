@@ -44,7 +44,7 @@ def write(folder: Path, source: Path, **tokens) -> TokenStore:
 
 
 def as_of_source(folder: Path) -> Path:
-    """Makes embeddings of a store look like those of its checkpoints: no splits, architectures by names of their own."""
+    """Makes embeddings of a store look like those of its checkpoints: no splits, and other names of architectures."""
     models, index = pq.read_table(folder / "models.parquet"), json.loads((folder / "embeddings.json").read_text())
     names = pa.array([f"seen-{name}" for name in models["architecture"].to_pylist()])
     for name, values in (("split", pa.nulls(len(models), pa.string())), ("architecture", names)):
