@@ -56,8 +56,8 @@ SMALLEST = 1e-6
 MOST_WEIGHTS = 100_000_000
 """Raw weights are features up to so many values in all (checkpoints times parameters).
 
-While the published ridge is fitted each takes 37 bytes (measured: the block, its float64 copy, that of the training rows,
-and their singular vectors): 3.7 GB for so many.
+While the published ridge is fitted each takes 37 bytes (measured: the block, its float64 copy, that of the training
+rows, and their singular vectors): 3.7 GB for so many.
 """
 
 
@@ -280,8 +280,10 @@ class FeatureSource:
         table = next(iter(self.zoos[0].tables.values()))
         values = sum(map(len, self.zoos)) * table.parameters
         if values > MOST_WEIGHTS:
-            return f"{values:,} raw weights are more than the {MOST_WEIGHTS:,} that may be features: "
-                "fitted, they would take 37 bytes each"
+            return (
+                f"{values:,} raw weights are more than the {MOST_WEIGHTS:,} that may be features: a fit would take "
+                f"{37e-9 * values:,.1f} GB"
+            )
         return ""
 
     def _embedded(self, name: str) -> Block:
