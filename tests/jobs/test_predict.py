@@ -171,11 +171,9 @@ def test_presets_run_as_they_say(folder: Path, tmp_path: Path):
     assert rows == {(target, name) for target in ("test_acc", "epoch", "ggap") for name in features}
     assert len(tables["rows"]) == 9 and {row["protocol"] for row in tables["rows"]} == {"split"}
     assert all(row["n_train"] + row["n_val"] + row["n_test"] == 20 for row in benchmark["rows"])
-    assert [sentence.partition(":")[0] for sentence in benchmark["verdict"]] == [
-        "test_acc, ridge",
-        "test_acc, boosting",
-    ]
-    assert all(": tau " in sentence for sentence in benchmark["verdict"])
+    assert {row["probe"] for row in benchmark["rows"]} == {"ridge", "boosting"}
+    (sentence,) = benchmark["verdict"]  # trees on so few networks say the same of all, which has no tau
+    assert sentence.startswith("test_acc, ridge: ") and ": tau " in sentence
 
 
 def test_bad_input_is_one_sentence_and_status_2(tmp_path: Path):
