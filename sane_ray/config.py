@@ -682,6 +682,9 @@ class PropertiesConfig:
     epochs: Literal["all", "last"] = "all"
     """Which checkpoints of a model count."""
 
+    metric: Literal["r2", "tau"] = "r2"
+    """Score of numbers by which the verdict compares feature sets; the table has all scores."""
+
     leave_one_epoch: bool = True
     """Also train on all epochs but one and test on that one (ridge alone)."""
 
@@ -773,6 +776,7 @@ def small_cnn_zoo_prediction() -> PredictJob:
             targets=["test_acc"],
             features=["statistics", "sane", "sane+statistics"],
             epochs="last",
+            metric="tau",
             leave_one_epoch=False,
         )
     )

@@ -23,9 +23,10 @@ CATEGORY_METRICS = ("accuracy",)
 INTERVAL = (2.5, 97.5)
 """Percentiles of the draws."""
 
-MOST_PAIRED_ROWS = 3000
-"""Up to so many rows Kendall's tau of all draws comes from one table of pairs; beyond, of fewer draws, one by one."""
-DRAWS_OF_TAU = 100
+MOST_PAIRED_ROWS, MOST_PAIRED_MODELS = 20_000, 2_500
+"""Up to so many Kendall's tau of all draws comes from one table of pairs; beyond, each draw takes a sort of its own."""
+PAIRS_AT_ONCE = 8_000_000
+"""Pairs of rows that are compared at once: a few bytes each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,28 +131,46 @@ def _tau_draws(truth_n: Array, prediction_n: Array, index_n: NDArray[np.intp], c
     A draw's concordant minus discordant pairs are sums over pairs of models of what the pair contributes, times how
     often both were drawn; so are the pairs that are not tied. A row drawn twice is tied with itself in both.
     """
-    if len(truth_n) > MOST_PAIRED_ROWS:
+    models = counts_DM.shape[1]
+    if len(truth_n) > MOST_PAIRED_ROWS or models > MOST_PAIRED_MODELS:
         return _tau_one_by_one(truth_n, prediction_n, index_n, counts_DM)
-    order = np.argsort(index_n, kind="stable")
-    starts = np.searchsorted(index_n[order], np.arange(counts_DM.shape[1]))
-    signs = [np.sign(values[:, None] - values).astype(np.int8) for values in (truth_n[order], prediction_n[order])]
-    both, first, second = (
-        _of_pairs(pairs, starts) for pairs in (signs[0] * signs[1], np.abs(signs[0]), np.abs(signs[1]))
-    )
-    agreeing, untied_1, untied_2 = (((counts_DM @ p_MM) * counts_DM).sum(axis=1) for p_MM in (both, first, second))
+    pairs_3MM = _pairs_of_models(truth_n, prediction_n, index_n, models)
+    agreeing, untied_1, untied_2 = (((counts_DM @ p_MM) * counts_DM).sum(axis=1) for p_MM in pairs_3MM)
     defined = (untied_1 > 0) & (untied_2 > 0)
     return np.where(defined, agreeing / np.sqrt(np.where(defined, untied_1 * untied_2, 1.0)), np.nan)
 
 
-def _of_pairs(pairs_nn: NDArray[np.int8], starts: NDArray[np.int64]) -> Array:
-    """Sums over the rows of each pair of models, [M, M]."""
-    by_row = np.add.reduceat(pairs_nn, starts, axis=0, dtype=np.int64)
-    return np.add.reduceat(by_row, starts, axis=1).astype(np.float64)
+def _pairs_of_models(truth_n: Array, prediction_n: Array, index_n: NDArray[np.intp], models: int) -> Array:
+    """Concordant less discordant pairs of rows of each two models, and those untied in the first and in the second.
+
+    Every pair of rows is compared, some rows with all others at a time.
+
+    Returns:
+        [3, M, M].
+    """
+    order = np.argsort(index_n, kind="stable")
+    models_n, truth_n, prediction_n = index_n[order], truth_n[order], prediction_n[order]
+    starts = np.searchsorted(models_n, np.arange(models))
+    sums_3MM = np.zeros((3, models, models))
+    step = max(1, PAIRS_AT_ONCE // len(order))
+    for begin in range(0, len(order), step):
+        rows = slice(begin, begin + step)
+        here, first_rows = np.unique(models_n[rows], return_index=True)
+        first, second = (_signs(values[rows, None], values) for values in (truth_n, prediction_n))
+        for sums_MM, pairs_rn in zip(sums_3MM, (first * second, np.abs(first), np.abs(second)), strict=True):
+            by_model_rM = np.add.reduceat(pairs_rn, starts, axis=1, dtype=np.int32)
+            sums_MM[here] += np.add.reduceat(by_model_rM, first_rows, axis=0, dtype=np.int64)
+    return sums_3MM
+
+
+def _signs(left: Array, right: Array) -> NDArray[np.int8]:
+    return (left > right).astype(np.int8) - (left < right).astype(np.int8)
 
 
 def _tau_one_by_one(truth_n: Array, prediction_n: Array, index_n: NDArray[np.intp], counts_DM: Array) -> Array:
+    """``_tau_draws`` in the memory of the rows alone, n log n a draw."""
     taus = np.full(len(counts_DM), np.nan)
-    for draw, counts_M in enumerate(counts_DM[:DRAWS_OF_TAU]):
+    for draw, counts_M in enumerate(counts_DM):
         rows = np.repeat(np.arange(len(truth_n)), counts_M[index_n].astype(int))
         taus[draw] = kendall_tau(truth_n[rows], prediction_n[rows])
     return taus

@@ -13,7 +13,7 @@ from sane_ray.embedding import Embeddings
 from sane_ray.embedding.job import plan_of
 from sane_ray.embedding.writing import Plan, embed, is_complete
 from sane_ray.errors import InputError
-from sane_ray.properties.features import EmbeddingTables, Zoo
+from sane_ray.properties.features import EmbeddingTables, Zoo, embedded_as
 from sane_ray.properties.prediction import Prediction, check_output, identity, predict, read_results
 from sane_ray.properties.table import describe, results_table
 from sane_ray.tokens.store import TokenStore
@@ -60,7 +60,7 @@ def run(config: PredictJob, dry_run: bool) -> None:
             params=settings,
             folder=storage / UNSENT_FOLDER,
         ) as tracker:
-            results = read_results(output) if already else predict(zoos, config.properties, output)
+            results = read_results(output) if already else predict(zoos, config.properties, output, prediction)
             report(results, zoos, config, output)
             log(results, output, tracker)
             (output / LOGGED_FILE).touch()
@@ -127,15 +127,27 @@ def named_store(embeddings: EmbeddingTables | None) -> TokenStore | None:
 
 
 def check_other(zoos: list[Zoo]) -> None:
-    """Raises ``InputError`` where the embeddings of the two zoos are not of one model, so not comparable."""
-    models = [zoo.embeddings.index.get("model", {}) for zoo in zoos if zoo.embeddings is not None]
+    """Raises ``InputError`` where the embeddings of the two zoos are not by one model in one way, so not comparable."""
+    indices = [zoo.embeddings.index for zoo in zoos if zoo.embeddings is not None]
+    models = [index.get("model", {}) for index in indices]
     if len(models) == 2 and models[0].get("fingerprint") != models[1].get("fingerprint"):
         raise InputError(
             f"--embeddings are by the model {models[0].get('path')} and --other-embeddings by {models[1].get('path')}: "
             "embed both zoos with one model"
         )
+    if len(indices) == 2:
+        _check_alike(*map(embedded_as, indices))
     if zoos[0].name == zoos[1].name:
         zoos[1] = Zoo(f"{zoos[1].name} (other)", zoos[1].store, zoos[1].embeddings)
+
+
+def _check_alike(first: dict[str, Any], second: dict[str, Any]) -> None:
+    for name, value in first.items():
+        if None not in (value, second[name]) and value != second[name]:
+            raise InputError(
+                f"--embeddings were made with {name} {value}, --other-embeddings with {name} {second[name]}: embed "
+                f"both zoos with one --embedding.{name}"
+            )
 
 
 def report(results: dict[str, Any], zoos: list[Zoo], config: PredictJob, output: Path) -> None:

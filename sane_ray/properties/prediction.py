@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,32 @@ from tqdm import tqdm
 from sane_ray.config import PropertiesConfig, to_dict
 from sane_ray.errors import InputError
 from sane_ray.properties.evaluation import Score, evaluate_categories, evaluate_numbers, percentile_interval, r2_score
-from sane_ray.properties.features import PUBLISHED, FeatureSource, Unavailable, Zoo, parts
-from sane_ray.properties.probes import PROBES, Boosting, Fit, Probe
+from sane_ray.properties.features import PUBLISHED, FeatureSource, Unavailable, Zoo, embedded_as, parts
+from sane_ray.properties.probes import BlockRidge, Boosting, Fit, Logistic, Probe, PublishedRidge
 from sane_ray.properties.protocols import Part, Population
+from sane_ray.properties.table import shown
 from sane_ray.properties.targets import Target, find_target
+from sane_ray.zoo.splits import SPLITS
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.parquet"
 PREDICTIONS_FILE = "predictions.parquet"
 _STAGED_FILE = f"{RESULTS_FILE}.partial"
-FORMAT, VERSION = "sane_ray properties", 1
+FORMAT, VERSION = "sane_ray properties", 2
 
 METRICS = ("r2", "tau", "mae", "accuracy")
+LABELS = {"r2": "R2", "tau": "tau", "accuracy": "accuracy"}
+
+FEW_MODELS = 20
+"""A verdict on fewer test models says how few they are: their bootstrap is too sure."""
+
+_MOST_NAMED = 3
+"""Parts that a note names; of more, it says how many."""
 
 _NUMBER, _COUNT, _TEXT = pa.float64(), pa.int64(), pa.string()
 ROW_SCHEMA = pa.schema(
     [(name, _TEXT) for name in ("target", "features", "probe", "protocol", "part")]
-    + [(name, _COUNT) for name in ("seeds", "n_train", "n_val", "n_test")]
+    + [(name, _COUNT) for name in ("seeds", "n_train", "n_val", "n_test", "n_test_models")]
     + [(f"{metric}{end}", _NUMBER) for metric in METRICS for end in ("", "_low", "_high")]
     + [("choice", _TEXT), ("note", _TEXT), ("n_columns", _COUNT), ("validation", _NUMBER)]
 )
@@ -59,10 +68,12 @@ class Judged:
     Attributes:
         row: As ``ROW_SCHEMA`` has it.
         scores: By metric; with the draws that intervals of differences need.
+        notes: What ``row["note"]`` says, one by one.
     """
 
     row: dict[str, Any]
     scores: dict[str, Score] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -72,17 +83,22 @@ class Prediction:
     Attributes:
         zoos: The zoo, and another one for out-of-distribution evaluation.
         config: What and how.
+        judged: Every fit, once it has run.
+        predictions: Of each fit.
+        population: Whose rows features and targets are.
+        source: Features of these rows; computed ones are kept.
     """
 
     zoos: list[Zoo]
     config: PropertiesConfig
     judged: list[Judged] = field(default_factory=list)
     predictions: list[pa.Table] = field(default_factory=list)
+    population: Population = field(init=False)
+    source: FeatureSource = field(init=False)
 
     def __post_init__(self) -> None:
-        last = self.config.epochs == "last"
-        self._population = Population.of(self.zoos, last)
-        self._source = FeatureSource(self.zoos)
+        self.population = Population.of(self.zoos, self.config.epochs == "last")
+        self.source = FeatureSource(self.zoos)
         self._fitted: dict[Any, Any] = {}
         self._columns: dict[str, NDArray[Any]] = {}
         self._targets = [self._find_target(name) for name in self.config.targets]
@@ -94,8 +110,8 @@ class Prediction:
 
     @property
     def doubts(self) -> list[str]:
-        """What cannot be used of each target, or why nothing can."""
-        return [target.note for target in self._targets if target.note]
+        """What of the zoos and of each target cannot be used, or why nothing can."""
+        return [*self.population.notes, *(target.note for target in self._targets if target.note)]
 
     def run(self) -> None:
         """Fits and judges everything; what cannot be done is a row with a note.
@@ -104,9 +120,31 @@ class Prediction:
             InputError: No target at all can be predicted, or store and embeddings do not fit each other.
         """
         self.check()
-        self._source.prepare(self.config.features)
+        self.source.prepare(self.config.features)
         for name in tqdm(self.config.features, desc="feature sets", unit="set", disable=None):
             self._features(name)
+
+    def best(self, target: str) -> Judged | None:
+        """Of the fits of a target on the zoo's own split, the one that did best on validation models.
+
+        Of fits that have no validation, the first; None where nothing was fitted.
+        """
+        fitted = [
+            judged
+            for judged in self.judged
+            if judged.scores and (judged.row["target"], judged.row["protocol"]) == (target, "split")
+        ]
+        return max(fitted, key=lambda j: -np.inf if j.row["validation"] is None else j.row["validation"], default=None)
+
+    def build(self, features: str, probe: str) -> Callable[[dict[str, NDArray[Any]]], Probe]:
+        """Makes the probe of a row of the results anew, of any features by block whose first rows are the population's.
+
+        Args:
+            features: The feature set of the row.
+            probe: Its probe.
+        """
+        variant = self._variant(probe, features)
+        return lambda values: self._probe(variant, values, {})
 
     def _find_target(self, name: str) -> Target:
         """The target over the rows of all zoos."""
@@ -124,24 +162,25 @@ class Prediction:
 
     def _features(self, name: str) -> None:
         try:
-            blocks = self._source.blocks(name)
+            blocks = self.source.blocks(name)
         except Unavailable as reason:
             self._unavailable(name, str(reason))
             return
-        note = "; ".join(dict.fromkeys(block.note for block in blocks if block.note))
+        notes = [block.note for block in blocks]
         columns = sum(len(block.columns) for block in blocks)
         values = {block.name: block.values_RF for block in blocks}
         for probe in self._probes():
-            fitted = self._probe(self._variant(probe, name), values)
+            fitted = self._probe(self._variant(probe, name), values, self._fitted)
             for part in self._parts(probe):
                 for target in self._targets:
                     if _reads(probe, target):
-                        self.judged.append(self._judge(name, probe, fitted, part, target, note, columns))
+                        self.judged.append(self._judge(name, probe, fitted, part, target, notes, columns))
 
     def _unavailable(self, name: str, reason: str) -> None:
         for target in self._targets:
             for probe in (probe for probe in self._probes() if _reads(probe, target)):
-                self.judged.append(Judged(_row(target.name, name, probe, self._population.split(), note=reason)))
+                row = self._row(target.name, name, probe, self.population.split())
+                self.judged.append(_noted(row, [reason]))
 
     def _probes(self) -> list[str]:
         kinds = {target.kind for target in self._targets}
@@ -153,40 +192,54 @@ class Prediction:
         is_published = asked == "published" or (asked == "auto" and set(parts(features)) <= set(PUBLISHED))
         return "published" if probe == "ridge" and is_published else probe
 
-    def _probe(self, variant: str, values: dict[str, NDArray[Any]]) -> Probe:
-        models_R = self._population.model_R.astype(str)
+    def _probe(self, variant: str, values: dict[str, NDArray[Any]], fitted: dict[Any, Any]) -> Probe:
+        """A probe; boostings of the same blocks of the same rows may share what was fitted."""
+        models_R = self.population.model_R.astype(str)
         if variant == "boosting":
-            return Boosting(values, models_R, fitted=self._fitted)
-        return PROBES[variant](values, models_R, self.config.refit)
+            return Boosting(values, models_R, fitted)
+        if variant == "logistic":
+            return Logistic(values, models_R)
+        return (PublishedRidge if variant == "published" else BlockRidge)(values, models_R, self.config.refit)
 
     def _parts(self, probe: str) -> Iterator[Part]:
-        yield self._population.split()
+        yield self.population.split()
         if self.config.leave_one_epoch and probe == "ridge":
-            yield from self._population.leave_one_epoch()
-        yield from self._population.out_of_distribution()
+            yield from self.population.leave_one_epoch()
+        yield from self.population.out_of_distribution()
 
     def _judge(
-        self, features: str, probe: str, fitted: Probe, part: Part, target: Target, note: str, columns: int
+        self, features: str, probe: str, fitted: Probe, part: Part, target: Target, notes: list[str], columns: int
     ) -> Judged:
         """One fit of a probe for each seed, and how good they are together."""
         part = part.only(target.known_R)
-        notes = [note, target.note]
-        row = _row(target.name, features, probe, part, columns=columns)
-        complaint = "" if not target.usable else part.complaint(self._population.model_R)
+        notes = [*notes, target.note, part.note]
+        row = self._row(target.name, features, probe, part, columns)
+        complaint = "" if not target.usable else part.complaint(self.population.model_R)
         complaint = complaint or self._undefined(target, part)
         if complaint or not target.usable:
-            return Judged(row | {"note": _joined([complaint, *notes])})
+            return _noted(row, [complaint, *notes])
         if len(part.val) == 0:
             notes.append("no model is for validation: chosen on training rows")
         seeds = self.config.seeds if probe == "boosting" else 1
-        fits = [fitted(target.values_R, part.train, part.val, self.config.seed + seed) for seed in range(seeds)]
-        scores = self._scores(target, part, fits)
+        try:
+            fits = [fitted(target.values_R, part.train, part.val, self.config.seed + seed) for seed in range(seeds)]
+            scores = self._scores(target, part, fits)
+        except (ValueError, RuntimeError, np.linalg.LinAlgError) as error:  # one fit must not end all the others
+            return _noted(row, [f"it could not be fitted: {error}", *notes])
         if target.kind == "number" and np.ptp(target.values_R[part.test]) == 0:
             notes.append("the truth is the same for all test rows: neither R2 nor tau is defined")
         self.predictions.append(self._table(row, part, target, fits))
         choice = "; ".join(dict.fromkeys(fit.choice for fit in fits))
         measured = {"seeds": seeds, "choice": choice, "validation": _validation(target, part.val, fits)}
-        return Judged(row | measured | _metrics(scores) | {"note": _joined(notes)}, scores)
+        return _noted(row | measured | _metrics(scores), notes, scores)
+
+    def _row(self, target: str, features: str, probe: str, part: Part, columns: int | None = None) -> dict[str, Any]:
+        """A row without metrics."""
+        row: dict[str, Any] = dict.fromkeys(ROW_SCHEMA.names)
+        row |= {"target": target, "features": features, "probe": probe, "protocol": part.protocol, "part": part.part}
+        row |= {f"n_{split}": len(rows) for split, rows in part.splits.items()}
+        row["n_test_models"] = len(np.unique(self.population.model_R[part.test].astype(str)))
+        return row | {"choice": "", "n_columns": columns}
 
     def _undefined(self, target: Target, part: Part) -> str:
         if not target.usable or len(part.train) == 0:
@@ -198,14 +251,16 @@ class Prediction:
     def _scores(self, target: Target, part: Part, fits: list[Fit]) -> dict[str, Score]:
         evaluate = evaluate_numbers if target.kind == "number" else evaluate_categories
         predictions_Sn = np.stack([fit.prediction_R[part.test] for fit in fits])
-        models_n = self._population.model_R[part.test].astype(str)
+        models_n = self.population.model_R[part.test].astype(str)
         return evaluate(target.values_R[part.test], predictions_Sn, models_n, self.config.bootstrap, self.config.seed)
 
     def _table(self, row: dict[str, Any], part: Part, target: Target, fits: list[Fit]) -> pa.Table:
         """Mean predictions over seeds of test rows, and of validation rows for the zoo's own split."""
-        rows = np.concatenate([part.val, part.test]) if part.protocol == "split" else part.test
+        val = part.val if part.protocol == "split" else part.val[:0]
+        rows = np.concatenate([val, part.test])
         truth, category = target.values_R[rows], target.kind == "category"
-        predicted = fits[0].prediction_R[rows] if category else np.mean([f.prediction_R[rows] for f in fits], axis=0)
+        said = [np.concatenate([fit.of_validation(val), fit.prediction_R[part.test]]) for fit in fits]
+        predicted = said[0] if category else np.mean(said, axis=0)
         columns = {name: [row[name]] * len(rows) for name in ("target", "features", "probe", "protocol", "part")}
         columns |= {name: self._column(name)[rows].tolist() for name in ("id", "model", "epoch", "split")}
         empty = [None] * len(rows)
@@ -221,12 +276,27 @@ class Prediction:
 
     @property
     def notes(self) -> list[str]:
-        """What the reader of the table should know, each once."""
-        return list(dict.fromkeys(judged.row["note"] for judged in self.judged if judged.row["note"]))
+        """What the reader of the table should know, each once, with what it is of unless that is everything."""
+        rows_of: dict[str, list[dict[str, Any]]] = {}
+        for judged in self.judged:
+            for note in judged.notes:
+                rows_of.setdefault(note, []).append(judged.row)
+        return [*self.population.notes, *(f"{self._whose(rows)}{note}" for note, rows in rows_of.items())]
+
+    def _whose(self, rows: list[dict[str, Any]]) -> str:
+        """Which targets, feature sets and parts some rows are of, with a colon."""
+        targets, features, places = (
+            list(dict.fromkeys(r[key] for r in rows)) for key in ("target", "features", "part")
+        )
+        named = [] if len(targets) == len(self._targets) > 1 else targets
+        named += [] if len(features) == len(self.config.features) else features
+        places = [] if "" in places else places
+        named += places if len(places) <= _MOST_NAMED else [places[0], f"{len(places) - 1} more parts like it"]
+        return f"{', '.join(named)}: " if named else ""
 
     @property
     def verdict(self) -> list[str]:
-        """For each target and probe, whether SANE with s(W) is at least as good as s(W) alone."""
+        """For each target and probe, whether SANE with s(W) is better than s(W) alone, where that can be said."""
         fits = {
             (judged.row["target"], judged.row["probe"], judged.row["features"]): judged
             for judged in self.judged
@@ -235,30 +305,46 @@ class Prediction:
         sentences = []
         for target, probe, features in fits:
             if features == "sane+statistics" and (target, probe, "statistics") in fits:
-                sentences.append(compare(fits[target, probe, features], fits[target, probe, "statistics"]))
-        return sentences
+                pair = fits[target, probe, features], fits[target, probe, "statistics"]
+                sentences.append(compare(*pair, self.config.metric))
+        return [sentence for sentence in sentences if sentence]
 
 
-def compare(larger: Judged, smaller: Judged) -> str:
-    """One sentence on two fits of the same rows, with an interval of their difference over the same draws of models."""
-    metric = "r2" if "r2" in larger.scores else "accuracy"
-    label = {"r2": "R2", "accuracy": "accuracy"}[metric]
+def compare(larger: Judged, smaller: Judged, metric: str = "r2") -> str:
+    """One sentence on two fits of the same rows, with an interval of their difference over the same draws of models.
+
+    One is called better only if all of that interval is on its side of zero. Empty if a number is not defined.
+
+    Args:
+        larger: SANE with s(W).
+        smaller: s(W) alone.
+        metric: What numbers are compared by: ``r2`` or ``tau``. Categories have their accuracy.
+    """
+    metric = metric if metric in larger.scores else "accuracy"
     first, second = larger.scores[metric], smaller.scores[metric]
-    difference = first.value - second.value
-    low, high = percentile_interval(first.draws_D - second.draws_D)
-    if _without_sane(larger.row["choice"]):
-        says = "is s(W) alone, as held-out models gave SANE no weight"
-    elif difference >= 0:
-        says = "is at least as good as s(W) alone"
-    elif high >= 0:
-        says = "is not told apart from s(W) alone"
+    difference, (low, high) = first.value - second.value, percentile_interval(first.draws_D - second.draws_D)
+    if not np.isfinite([difference, low, high]).all():
+        return ""
+    sane = "SANE with s(W)"
+    if metric != "accuracy" and max(first.value, second.value) <= 0:
+        says = f"neither {sane} nor s(W) alone reads it"
+    elif _without_sane(larger.row["choice"]):
+        says = f"{sane} is s(W) alone, as held-out models gave SANE no weight"
+    elif low > 0 or high < 0:
+        says = f"{sane} is {'better' if low > 0 else 'worse'} than s(W) alone"
     else:
-        says = "is worse than s(W) alone"
+        says = f"{sane} is not told apart from s(W) alone"
+    models = larger.row.get("n_test_models")
+    few = f"; only {models} test models" if models is not None and models < FEW_MODELS else ""
     return (
-        f"{larger.row['target']}, {larger.row['probe']}: SANE with s(W) {says}: {label} {first.value:.3f} "
-        f"[{first.interval[0]:.3f}, {first.interval[1]:.3f}] against {second.value:.3f} "
-        f"[{second.interval[0]:.3f}, {second.interval[1]:.3f}], difference {difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+        f"{larger.row['target']}, {larger.row['probe']}: {says}: {LABELS[metric]} {_with_interval(first)} against "
+        f"{_with_interval(second)}, difference {difference:+.3f} [{low:+.3f}, {high:+.3f}]{few}"
     )
+
+
+def _with_interval(score: Score) -> str:
+    low, high = score.interval
+    return f"{shown(score.value)} [{shown(low)}, {shown(high)}]"
 
 
 def _without_sane(choice: str) -> bool:
@@ -312,18 +398,27 @@ def read_results(output: Path) -> dict[str, Any]:
     return content
 
 
-def predict(zoos: list[Zoo], config: PropertiesConfig, output: Path) -> dict[str, Any]:
+def predict(
+    zoos: list[Zoo], config: PropertiesConfig, output: Path, prediction: Prediction | None = None
+) -> dict[str, Any]:
     """Predicts, judges, and writes the results.
+
+    Args:
+        zoos: The zoo, and another one if there is.
+        config: What and how.
+        output: Folder of the results.
+        prediction: Of these zoos with this config, not run yet: afterwards it has the features and the fits.
 
     Returns:
         The content of results.json.
 
     Raises:
-        InputError: No target at all can be predicted, or store and embeddings do not fit each other.
+        InputError: No target at all can be predicted, no checkpoint is in a split, or store and embeddings do not fit
+            each other.
     """
     digest, settings = identity(zoos, config)
     began = time.perf_counter()
-    prediction = Prediction(zoos, config)
+    prediction = prediction or Prediction(zoos, config)
     prediction.run()
     content = {
         "format": FORMAT,
@@ -363,7 +458,7 @@ def _facts(zoo: Zoo) -> dict[str, Any]:
         "checkpoints": len(zoo),
         "models": len(np.unique(models)),
         "architectures": len(zoo.tables),
-        "models_by_split": {str(split): len(np.unique(models[splits == split])) for split in np.unique(splits)},
+        "models_by_split": {s: len(np.unique(models[splits == s])) for s in sorted(SPLITS) if (splits == s).any()},
     }
 
 
@@ -372,19 +467,15 @@ def _fingerprints(zoo: Zoo) -> dict[str, Any]:
     return {
         "store": zoo.store.fingerprint if zoo.store is not None else None,
         "model": index.get("model", {}).get("fingerprint"),
-        "embedded": {name: index.get(name) for name in ("window", "halo", "latent_dim")} if index else None,
+        "embedded": embedded_as(index) | {"latent_dim": index.get("latent_dim")} if index else None,
         "source": index.get("source", {}).get("fingerprint"),
     }
 
 
-def _row(
-    target: str, features: str, probe: str, part: Part, note: str = "", columns: int | None = None
-) -> dict[str, Any]:
-    """A row without metrics."""
-    row: dict[str, Any] = dict.fromkeys(ROW_SCHEMA.names)
-    row |= {"target": target, "features": features, "probe": probe, "protocol": part.protocol, "part": part.part}
-    row |= {f"n_{split}": len(rows) for split, rows in part.splits.items()}
-    return row | {"note": note, "choice": "", "n_columns": columns}
+def _noted(row: dict[str, Any], notes: list[str], scores: dict[str, Score] | None = None) -> Judged:
+    """A row with its notes, each once."""
+    said = list(dict.fromkeys(note for note in notes if note))
+    return Judged(row | {"note": "; ".join(said)}, scores or {}, said)
 
 
 def _metrics(scores: dict[str, Score]) -> dict[str, float | None]:
@@ -397,13 +488,13 @@ def _metrics(scores: dict[str, Score]) -> dict[str, float | None]:
 
 
 def _validation(target: Target, val: NDArray[np.int64], fits: list[Fit]) -> float | None:
-    """Mean R^2 or accuracy of the fits on validation rows."""
+    """Mean R^2 or accuracy on validation rows, of fits that were not trained on them."""
     if len(val) == 0:
         return None
     truth = target.values_R[val]
     if target.kind == "category":
-        return float(np.mean([np.mean(fit.prediction_R[val] == truth) for fit in fits]))
-    found = float(np.mean([r2_score(truth, fit.prediction_R[val]) for fit in fits]))
+        return float(np.mean([np.mean(fit.of_validation(val) == truth) for fit in fits]))
+    found = float(np.mean([r2_score(truth, fit.of_validation(val)) for fit in fits]))
     return found if np.isfinite(found) else None
 
 
@@ -416,10 +507,6 @@ def _like(first: Target, values: NDArray[Any]) -> NDArray[Any]:
     if first.kind == "number":
         return values.astype(float) if values.dtype != object else np.full(len(values), np.nan)
     return values if values.dtype == object else np.full(len(values), None, dtype=object)
-
-
-def _joined(notes: list[str]) -> str:
-    return "; ".join(dict.fromkeys(note for note in notes if note))
 
 
 def _json(row: dict[str, Any]) -> dict[str, Any]:

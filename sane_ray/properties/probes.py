@@ -65,10 +65,17 @@ class Fit:
     Attributes:
         prediction_R: For every row, training rows included: numbers, or the texts of categories.
         choice: What validation chose.
+        chosen_by_R: Of a fit that was repeated with validation rows: what the fit without them, by which it was chosen,
+            said of every row. None of one that never was.
     """
 
     prediction_R: NDArray[Any]
     choice: str
+    chosen_by_R: NDArray[Any] | None = None
+
+    def of_validation(self, val: Rows) -> NDArray[Any]:
+        """Predictions of validation rows by a fit that was not trained on them."""
+        return (self.prediction_R if self.chosen_by_R is None else self.chosen_by_R)[val]
 
 
 class Probe(Protocol):
@@ -156,12 +163,12 @@ class PublishedRidge:
         """See ``Probe``; nothing is random."""
         judged = val if len(val) else train
         predictions_PR = self._path(train).predict(target_R[train], PUBLISHED_PENALTIES)
-        best, _ = _best(target_R[judged], predictions_PR[:, judged])
+        best = _best(target_R[judged], predictions_PR[:, judged])
         penalty, choice = PUBLISHED_PENALTIES[best], f"published, penalty {PUBLISHED_PENALTIES[best]:g}"
         if self._refit == "train":
             return Fit(predictions_PR[best], choice)
         rows = np.concatenate([train, val])
-        return Fit(self._path(rows).predict(target_R[rows], [penalty])[0], choice)
+        return Fit(self._path(rows).predict(target_R[rows], [penalty])[0], choice, predictions_PR[best])
 
 
 class BlockRidge:
@@ -196,7 +203,7 @@ class BlockRidge:
             return Fit(prediction_R, choice)
         rows = np.concatenate([train, val])
         ((_, path),) = self._decompose(rows, [weights])
-        return Fit(_centred(path, target_R[rows], [penalty])[0], choice)
+        return Fit(_centred(path, target_R[rows], [penalty])[0], choice, prediction_R)
 
     def _paths(self, train: Rows) -> Iterable[tuple[tuple[float, ...], RidgePath]]:
         """A path for each choice of weights; kept for the next target, unless that takes too much memory."""
@@ -237,7 +244,6 @@ class Boosting:
     Args:
         blocks: Features of all rows, by name.
         models_R: Whose checkpoint each row is.
-        refit: Of no consequence: fits of the folds are never repeated.
         fitted: Fits of single blocks, to be shared by sets that have a block in common.
     """
 
@@ -245,7 +251,6 @@ class Boosting:
         self,
         blocks: Mapping[str, NDArray[Any]],
         models_R: NDArray[Any],
-        refit: Refit = "train",
         fitted: dict[Any, Any] | None = None,
     ) -> None:
         def prepare(train: Rows) -> dict[str, Array]:
@@ -290,7 +295,7 @@ class Logistic:
     ``FOLDS`` parts. The published probe of categories is the same model, trained with Adam for 50 epochs.
     """
 
-    def __init__(self, blocks: Mapping[str, NDArray[Any]], models_R: NDArray[Any], refit: Refit = "train") -> None:
+    def __init__(self, blocks: Mapping[str, NDArray[Any]], models_R: NDArray[Any]) -> None:
         def prepare(train: Rows) -> dict[str, Array]:
             each = {name: scaled(block, train) for name, block in blocks.items()}
             return ({"all": np.concatenate(list(each.values()), axis=1)} if len(each) > 1 else {}) | each
@@ -309,14 +314,6 @@ class Logistic:
         name, strength = best
         prediction_R = _logistic(features[name], target_R, train, strength).predict(features[name])
         return Fit(prediction_R.astype(object), f"C {strength:g}" + (f" of {name}" if len(features) > 1 else ""))
-
-
-PROBES: dict[str, Callable[..., Probe]] = {
-    "ridge": BlockRidge,
-    "published": PublishedRidge,
-    "boosting": Boosting,
-    "logistic": Logistic,
-}
 
 
 def _bagged(
@@ -362,13 +359,31 @@ def _boosted(features_RF: Array, target_R: NDArray[Any], rows: Rows, judged: Row
     with threadpool_limits(1 if is_small else None, user_api="openmp"):
         for count in range(PATIENCE, BOOSTING_ROUNDS + 1, PATIENCE):
             model.set_params(max_iter=count).fit(features_RF[rows], target_R[rows])
-            best, _ = _best(target_R[judged], np.stack(list(model.staged_predict(features_RF[judged]))))
+            best = _best(target_R[judged], np.stack(list(model.staged_predict(features_RF[judged]))))
             if best < count - PATIENCE:
                 break
         return next(itertools.islice(model.staged_predict(features_RF), best, None)), best + 1
 
 
-def _logistic(features_RF: Array, target_R: NDArray[Any], rows: Rows, strength: float) -> LogisticRegression:
+@dataclass(frozen=True, eq=False)
+class _OneClass:
+    """What rows of a single category teach: that there is no other."""
+
+    classes_: NDArray[Any]
+
+    def predict(self, features_RF: Array) -> NDArray[Any]:
+        return np.repeat(self.classes_, len(features_RF))
+
+    def predict_proba(self, features_RF: Array) -> Array:
+        return np.full((len(features_RF), 1), 1 - LEAST_PROBABILITY)
+
+
+def _logistic(
+    features_RF: Array, target_R: NDArray[Any], rows: Rows, strength: float
+) -> LogisticRegression | _OneClass:
+    classes = np.unique(target_R[rows].astype(str))
+    if len(classes) == 1:
+        return _OneClass(classes)
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -466,11 +481,9 @@ def _centred(path: RidgePath, target_n: Array, penalties: Sequence[float]) -> Ar
     return path.predict(target_n - mean, penalties) + mean
 
 
-def _best(target: Array, predictions_PR: Array) -> tuple[int, float]:
-    """The first of the predictions with the least squared error, and its R^2 up to the target's variance."""
-    errors_P = np.square(predictions_PR - target).mean(axis=1)
-    best = int(np.nanargmin(errors_P))
-    return best, -float(errors_P[best])
+def _best(target: Array, predictions_PR: Array) -> int:
+    """The first of the predictions with the least squared error."""
+    return int(np.nanargmin(np.square(predictions_PR - target).mean(axis=1)))
 
 
 def _cached(compute: Callable[[Rows], Any]) -> Callable[[Rows], Any]:

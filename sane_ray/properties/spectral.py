@@ -16,7 +16,7 @@ from sane_ray.properties.tensors import Batch
 
 Array = NDArray[np.float64]
 
-NAMES = ("log_norm", "log_spectral_norm", "stable_rank", "alpha", "alpha_weighted")
+NAMES = ("log_norm", "log_spectral_norm", "stable_rank", "alpha", "alpha_weighted", "log_alpha_norm")
 
 MIN_EIGENVALUES = 10
 """Matrices with fewer have no alpha: a power law cannot be told from anything else."""
@@ -29,10 +29,10 @@ RANK_TOLERANCE = 1e-12
 
 
 def spectral_features(batch: Batch) -> tuple[list[str], Array]:
-    """Five numbers of each weight matrix: ``NAMES``, as ``spectral_metrics`` defines them.
+    """Six numbers of each weight matrix: ``NAMES``, as ``spectral_metrics`` defines them.
 
     Returns:
-        Names ``<weight>/<metric>`` and values [B, 5 matrices]; NaN where a number is not defined. No columns where the
+        Names ``<weight>/<metric>`` and values [B, 6 matrices]; NaN where a number is not defined. No columns where the
         architecture has no matrix of at least 2 x 2.
     """
     names, columns = [], []
@@ -50,10 +50,11 @@ def spectral_metrics(matrices_BCF: NDArray[np.floating]) -> Array:
     * ``log_spectral_norm``: log10 of the largest eigenvalue;
     * ``stable_rank``: their ratio;
     * ``alpha``: exponent of a power law in the tail of the eigenvalues (``fit_power_law``);
-    * ``alpha_weighted``: alpha times log_spectral_norm.
+    * ``alpha_weighted``: alpha times log_spectral_norm;
+    * ``log_alpha_norm``: log10 of the sum of the eigenvalues to the power of alpha.
 
     Returns:
-        [B, 5]. All NaN for a matrix of zeros; the alphas NaN for one with few eigenvalues.
+        [B, 6]. All NaN for a matrix of zeros; the alphas NaN for one with few eigenvalues.
     """
     eigenvalues_BE = np.linalg.svd(matrices_BCF.astype(np.float64), compute_uv=False)[:, ::-1] ** 2
     largest_B = np.where(eigenvalues_BE[:, -1] > 0, eigenvalues_BE[:, -1], np.nan)
@@ -62,7 +63,15 @@ def spectral_metrics(matrices_BCF: NDArray[np.floating]) -> Array:
         np.log10(value, where=value > 0, out=np.full(len(value), np.nan)) for value in (total_B, largest_B)
     )
     alpha_B = fit_power_law(eigenvalues_BE)[0]
-    return np.stack([log_norm, log_spectral, total_B / largest_B, alpha_B, alpha_B * log_spectral], axis=1)
+    log_alpha = _log_alpha_norm(eigenvalues_BE, alpha_B)
+    return np.stack([log_norm, log_spectral, total_B / largest_B, alpha_B, alpha_B * log_spectral, log_alpha], axis=1)
+
+
+def _log_alpha_norm(eigenvalues_BE: Array, alpha_B: Array) -> Array:
+    """log10(sum(eigenvalues^alpha)), summed by logarithms: powers of large eigenvalues would overflow."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # the logarithm of zero to a power is minus infinity
+        powers_BE = alpha_B[:, None] * np.log(eigenvalues_BE)
+        return np.asarray(np.logaddexp.reduce(powers_BE, axis=1) / np.log(10))
 
 
 def fit_power_law(values_BE: Array) -> tuple[Array, Array, Array]:

@@ -14,6 +14,9 @@ from sane_ray.properties.features import Zoo
 _LABELS = {"r2": "R2", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
 _NOTES = 12
 
+LEAST_SHOWN = -10.0
+"""Of R2 and tau no more is said than that they are lower; files have the value."""
+
 
 def results_table(results: dict[str, Any]) -> Iterator[str]:
     """The lines of the table: for each target and protocol a line a feature set and probe; what is missing, and why.
@@ -77,7 +80,7 @@ def _other_parts(target: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         cells = {(row["part"], row["features"]): row.get("r2", row.get("accuracy")) for row in chosen}
         lines = [("", *features)]
         for part in dict.fromkeys(row["part"] for row in chosen):
-            lines.append((part, *(_number(cells.get((part, name))) for name in features)))
+            lines.append((part, *(shown(cells.get((part, name))) for name in features)))
         yield f"\n{target}, {protocol}, {probe}: {'R2' if 'r2' in chosen[0] else 'accuracy'}"
         yield from _aligned(lines)
 
@@ -90,12 +93,15 @@ def _cell(row: dict[str, Any], metric: str) -> str:
     if row.get(metric) is None:
         return "-"
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
-    interval = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
-    return f"{row[metric]:.3f}{interval}"
+    interval = f" [{shown(low)}, {shown(high)}]" if low is not None and high is not None else ""
+    return f"{shown(row[metric])}{interval}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def shown(value: float | None) -> str:
+    """A score for a reader."""
+    if value is None:
+        return "-"
+    return f"< {LEAST_SHOWN:g}" if value < LEAST_SHOWN else f"{value:.3f}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> Iterator[str]:

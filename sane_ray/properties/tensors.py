@@ -1,7 +1,7 @@
 """The weights of many checkpoints of one architecture at once, read off a token store.
 
 Every row group is read once, and only as many checkpoints are held as fit into a batch (at least one, however large).
-Never normalises, never writes, never imports Ray.
+Never fits a normalisation, never writes, never imports Ray.
 
 Shape suffixes: B checkpoints of a batch, N tokens of a checkpoint, T token size, C channels, F fan-in, K layers.
 """
@@ -9,13 +9,16 @@ Shape suffixes: B checkpoints of a batch, N tokens of a checkpoint, T token size
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from sane_ray.tokens.layers import Layer
+from sane_ray.tokens.layers import Layer, LayerTable
+from sane_ray.tokens.normalization import LayerStatistics, Normalization, fit
 from sane_ray.tokens.store import Architecture, TokenStore
+from sane_ray.tokens.store.layout import by_kind, of_kinds
 from sane_ray.tokens.store.reading import as_float32
 from sane_ray.zoo.splits import SPLITS
 
@@ -76,6 +79,49 @@ def batches(store: TokenStore, batch_bytes: float = BATCH_BYTES) -> Iterator[Bat
             yield _batch(store, waiting.pop(name))
     for held in waiting.values():
         yield _batch(store, held)
+
+
+def renormalized(batch: Batch, normalization: Normalization) -> Batch:
+    """The same weights, normalised otherwise."""
+    table, stored = batch.architecture.table, batch.architecture.normalization
+    tokens, scales = [], []
+    for place, values_NT in enumerate(batch.tokens_BNT):
+        scale = None if batch.scale_BK is None else torch.from_numpy(batch.scale_BK[place])
+        weights_NT = stored.denormalize(torch.from_numpy(values_NT), table, scale)
+        tokens_NT, scale = normalization.normalize(weights_NT, table)
+        tokens.append(tokens_NT.numpy())
+        scales += [] if scale is None else [scale.numpy()]
+    architecture = replace(batch.architecture, normalization=normalization)
+    return Batch(architecture, batch.checkpoints, np.stack(tokens), np.stack(scales) if scales else None)
+
+
+def normalizations_of(first: TokenStore, other: TokenStore) -> dict[str, Normalization]:
+    """How the architectures of one store are normalised as those of another, by name; only those that are not already.
+
+    An architecture of the same layers has its normalisation there. Any other has the statistics of its layers' kinds,
+    as when a trained model embeds what it was not trained on.
+    """
+    known = {_layers(architecture.table): architecture.normalization for architecture in first.architectures.values()}
+    mode = next(iter(first.architectures.values())).normalization.mode
+    tables = {name: architecture.table for name, architecture in first.architectures.items()}
+    pooled = by_kind({name: _statistics(one.normalization) for name, one in first.architectures.items()}, tables)
+    found = {}
+    for name, architecture in other.architectures.items():
+        wanted = known.get(_layers(architecture.table)) or fit(of_kinds(pooled, architecture.table), mode)
+        own_only = architecture.normalization.mode == wanted.mode and wanted.mode in ("l2", "none")
+        if not own_only and architecture.normalization != wanted:
+            found[name] = wanted
+    return found
+
+
+def _layers(table: LayerTable) -> tuple[tuple[str, tuple[int, ...], bool], ...]:
+    return tuple((layer.kind, layer.shape, layer.bias_key is not None) for layer in table.layers)
+
+
+def _statistics(normalization: Normalization) -> LayerStatistics:
+    """Statistics that give a normalisation, whatever its mode."""
+    shift, scale = normalization.shift, normalization.scale
+    return LayerStatistics(1, shift, scale**2, scale, shift - scale, shift + scale)
 
 
 def _checkpoints(store: TokenStore) -> Iterator[tuple[int, Array]]:

@@ -11,8 +11,10 @@ from mlflow import MlflowClient
 
 from sane_ray.cli import parse
 from sane_ray.config import PREDICTIONS, PredictJob, PropertiesConfig
+from sane_ray.embedding import Embeddings
 from sane_ray.errors import InputError
-from sane_ray.properties.job import EXPERIMENT, LOGGED_FILE
+from sane_ray.properties import Zoo, predict
+from sane_ray.properties.job import EXPERIMENT, LOGGED_FILE, check_other, open_zoo
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,16 +127,53 @@ def test_embeddings_of_another_store_or_model_are_refused(folder: Path, tmp_path
         job.main(PredictJob(other_embeddings=str(tmp_path / "embeddings"), **mine), False)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"), [("window", (32, 64)), ("halo", (0, 8)), ("precision", ("float32", "bfloat16"))]
+)
+def test_embeddings_made_in_another_way_are_refused(folder: Path, name: str, values):
+    zoos_of = [Zoo(place, None, Embeddings.open(folder / "embeddings")) for place in ("a", "b")]
+    check_other(zoos_of)
+    for zoo, value in zip(zoos_of, values, strict=True):
+        zoo.embeddings.index[name] = value
+    with pytest.raises(InputError, match=f"made with {name} {values[0]}, --other-embeddings with {name} {values[1]}"):
+        check_other(zoos_of)
+
+
+def test_automatic_precision_is_no_difference(folder: Path):
+    first, second = (Embeddings.open(folder / "embeddings") for _ in range(2))
+    first.index["settings"], second.index["settings"] = {"precision": "auto"}, {"precision": "float32"}
+    check_other([Zoo("a", None, first), Zoo("b", None, second)])
+
+
 def test_presets_are_the_published_protocols():
     sane, _ = parse(PredictJob, presets=PREDICTIONS, argv=["--preset", "sane"])
     assert sane.properties.features == ["weights", "statistics_published", "sane_mean"]
     assert sane.properties.ridge == "published"
     benchmark, _ = parse(PredictJob, presets=PREDICTIONS, argv=["--preset", "small-cnn-zoo"])
     assert benchmark.properties.epochs == "last" and benchmark.properties.targets == ["test_acc"]
+    assert benchmark.properties.metric == "tau"
     with pytest.raises(InputError, match=r"properties\.features is 'magic'"):
         parse(PredictJob, presets=PREDICTIONS, argv=["--properties.features", "[magic]"])
     with pytest.raises(InputError, match=r"properties\.seeds"):
         PropertiesConfig(seeds=0)
+
+
+def test_presets_run_as_they_say(folder: Path, tmp_path: Path):
+    zoo = open_zoo(str(folder / "embeddings"), "", "")
+    tables, benchmark = (
+        predict([zoo], dataclasses.replace(PREDICTIONS[name]().properties, bootstrap=20, seeds=1), tmp_path / name)
+        for name in ("sane", "small-cnn-zoo")
+    )
+    rows = {
+        (row["target"], row["features"]) for row in tables["rows"] if row["choice"].startswith("published, penalty")
+    }
+    features = ("weights", "statistics_published", "sane_mean")
+    assert rows == {(target, name) for target in ("test_acc", "epoch", "ggap") for name in features}
+    assert len(tables["rows"]) == 9 and {row["protocol"] for row in tables["rows"]} == {"split"}
+    assert all(row["n_train"] + row["n_val"] + row["n_test"] == 20 for row in benchmark["rows"])
+    assert {row["probe"] for row in benchmark["rows"]} == {"ridge", "boosting"}
+    (sentence,) = benchmark["verdict"]  # trees on so few networks say the same of all, which has no tau
+    assert sentence.startswith("test_acc, ridge: ") and ": tau " in sentence
 
 
 def test_bad_input_is_one_sentence_and_status_2(tmp_path: Path):

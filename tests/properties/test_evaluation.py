@@ -21,16 +21,20 @@ def drawn_rows(draw: int, draws: int, seed: int) -> np.ndarray:
     return np.repeat(np.arange(60), counts[draw][index])
 
 
-@pytest.mark.parametrize("paired", [3000, 10])
-def test_draws_are_the_metrics_of_drawn_models(monkeypatch, paired):
-    monkeypatch.setattr(evaluation, "MOST_PAIRED_ROWS", paired)
+@pytest.mark.parametrize(
+    ("rows", "models", "at_once"), [(3000, 100, 10**6), (3000, 100, 7 * 60), (10, 100, 1), (60, 9, 1)]
+)
+def test_draws_are_the_metrics_of_drawn_models(monkeypatch, rows, models, at_once):
+    monkeypatch.setattr(evaluation, "MOST_PAIRED_ROWS", rows)
+    monkeypatch.setattr(evaluation, "MOST_PAIRED_MODELS", models)
+    monkeypatch.setattr(evaluation, "PAIRS_AT_ONCE", at_once)
     truth, prediction = data()
-    scores = evaluate_numbers(truth, prediction[None], MODELS, draws=50, seed=7)
+    scores = evaluate_numbers(truth, prediction[None], MODELS, draws=150, seed=7)
     assert scores["r2"].value == pytest.approx(1 - np.mean((truth - prediction) ** 2) / np.var(truth))
     assert scores["tau"].value == pytest.approx(kendalltau(truth, prediction).statistic)
-    for draw in (0, 13, 49):
-        rows = drawn_rows(draw, 50, 7)
-        t, p = truth[rows], prediction[rows]
+    for draw in (0, 13, 149):
+        drawn = drawn_rows(draw, 150, 7)
+        t, p = truth[drawn], prediction[drawn]
         assert scores["r2"].draws_D[draw] == pytest.approx(r2_score(t, p))
         assert scores["mae"].draws_D[draw] == pytest.approx(np.abs(t - p).mean())
         assert scores["tau"].draws_D[draw] == pytest.approx(kendalltau(t, p).statistic)

@@ -63,15 +63,88 @@ def test_what_cannot_be_had_says_why(store, embeddings, monkeypatch):
     with pytest.raises(Unavailable, match="needs the weights of zoo: name its token store with --store"):
         FeatureSource([Zoo("zoo", None, Embeddings.open(embeddings))]).blocks("statistics")
     monkeypatch.setattr(features_module, "MOST_WEIGHTS", 100)
-    with pytest.raises(Unavailable, match="2,460 raw weights are more than the 100"):
+    with pytest.raises(Unavailable, match=r"2,460 raw weights are more than the 100 .* would take 0\.0 GB"):
         FeatureSource([Zoo("zoo", store)]).blocks("weights")
 
 
-def test_two_zoos_share_their_columns(store, mixed_store):
-    same = FeatureSource([Zoo("a", store), Zoo("b", store)]).blocks("statistics_published")[0]
-    assert np.array_equal(same.values_RF[:60], same.values_RF[60:])
-    other = FeatureSource([Zoo("a", store), Zoo("b", mixed_store)]).blocks("statistics_published")[0]
+@pytest.fixture(scope="module")
+def other_store(zoos, tmp_path_factory):
+    """Other networks of the same architecture, normalised by their own statistics."""
+    folder = tmp_path_factory.mktemp("other")
+    return zoos.write(folder / "store", zoos.write_zoo(folder / "zoo", models=8, seed=5))
+
+
+def as_normalized(store, row, normalization):
+    """Rows [w | b] of each layer of a network, normalised by the formula, and their padding to tokens."""
+    weights, table = store.state_dict(row), store.architecture_of(row).table
+    rows, padding = [], []
+    for index, layer in enumerate(table.layers):
+        values = np.concatenate([weights[layer.key].numpy(), weights[layer.bias_key].numpy()[:, None]], axis=1)
+        rows.append(((values - normalization.shift[index]) / normalization.scale[index]).ravel())
+        padding.append(np.zeros(layer.num_tokens * table.token_size - values.size))
+    return rows, padding
+
+
+def test_two_zoos_are_normalised_alike(store, other_store):
+    zoos = [Zoo("a", store), Zoo("b", other_store)]
+    (normalization,) = [one.normalization for one in store.architectures.values()]
+    (own,) = [one.normalization for one in other_store.architectures.values()]
+    assert normalization != own
+    source = FeatureSource(zoos)
+    source.prepare(["weights", "statistics_published"])
+    (weights,), (statistics,) = source.blocks("weights"), source.blocks("statistics_published")
+    rows, padding = as_normalized(other_store, 3, normalization)
+    np.testing.assert_allclose(weights.values_RF[63], np.concatenate(rows), atol=1e-5)
+    expected = [np.concatenate([values, zeros]) for values, zeros in zip(rows, padding, strict=True)]
+    found = statistics.values_RF[63].reshape(2, 7)
+    np.testing.assert_allclose(found[:, 0], [values.mean() for values in expected], atol=1e-5)
+    np.testing.assert_allclose(found[:, 6], [np.percentile(values, 99) for values in expected], atol=1e-5)
+    assert weights.note == "weights of b are normalised as those of a"
+    alone = FeatureSource(zoos[:1])
+    for block in (weights, statistics):
+        assert np.array_equal(block.values_RF[:60], alone.blocks(block.name)[0].values_RF)
+    assert source.blocks("statistics")[0].note == ""
+
+
+@pytest.mark.parametrize("mode", ["l2", "minmax"])
+def test_another_mode_of_normalisation_is_undone(zoos, store, other_store, tmp_path, mode):
+    other = zoos.write(tmp_path / "store", other_store.path.parent / "zoo", normalization=mode)
+    (normalization,) = [one.normalization for one in store.architectures.values()]
+    rows, _ = as_normalized(other, 3, normalization)
+    (block,) = FeatureSource([Zoo("a", store), Zoo("b", other)]).blocks("weights")
+    np.testing.assert_allclose(block.values_RF[63], np.concatenate(rows), atol=1e-5)
+
+
+def test_zoos_whose_padding_differs_have_no_published_statistics_in_common(store, mixed_store, zoos, tmp_path):
+    with pytest.raises(Unavailable, match=r"tokens are sparse of 5 and sparse of 7 values.* one --tokens\.token_size"):
+        FeatureSource([Zoo("a", store), Zoo("b", mixed_store)]).blocks("statistics_published")
+    wider = zoos.write(tmp_path / "store", store.path.parent / "zoo", token_size=7)
+    other = FeatureSource([Zoo("a", wider), Zoo("b", mixed_store)]).blocks("statistics_published")[0]
     assert other.values_RF.shape == (92, 28) and np.isfinite(other.values_RF).all()
+    assert other.note.startswith("architectures differ") and "b are normalised as those of a" in other.note
+
+
+def test_embeddings_of_checkpoints_take_from_the_store_what_they_lack(store, embeddings, zoos, tmp_path):
+    seen = Embeddings.open(zoos.as_of_source(zoos.write_embeddings(tmp_path / "seen", store)))
+    zoo = Zoo("zoo", store, seen)
+    assert zoo.column("split").tolist() == store.models["split"].to_pylist()
+    assert zoo.table["property.test_acc"].to_pylist() == store.models["property.test_acc"].to_pylist()
+    found, plain = (FeatureSource([one]).blocks("sane") for one in (zoo, Zoo("z", store, Embeddings.open(embeddings))))
+    for mine, theirs in zip(found, plain, strict=True):
+        assert mine.columns == theirs.columns and np.array_equal(mine.values_RF, theirs.values_RF)
+    seen.index["architectures"].clear()
+    with pytest.raises(Unavailable, match="no architecture has any layers"):
+        FeatureSource([Zoo("zoo", store, seen)]).blocks("sane")
+
+
+def test_the_published_mean_is_of_the_whole_sequence(store, embeddings):
+    opened, tokens = Embeddings.open(embeddings), max(store.models["tokens"].to_pylist())
+    for window, noted in ((tokens - 1, True), (tokens, False)):
+        opened.index["window"] = window
+        source = FeatureSource([Zoo("zoo", store, opened)])
+        note = f"windows of {window} tokens: the published protocol reads {tokens} at once (jobs/embed.py --embedding."
+        assert (note in source.blocks("sane_mean")[0].note) == noted
+        assert all(block.note == "" for block in source.blocks("sane"))
 
 
 def test_embeddings_of_another_store_are_refused(mixed_store, embeddings):

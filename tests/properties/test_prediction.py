@@ -3,15 +3,26 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from sane_ray.config import PropertiesConfig
 from sane_ray.embedding import Embeddings
 from sane_ray.errors import InputError
+from sane_ray.properties import prediction
 from sane_ray.properties.features import Zoo
-from sane_ray.properties.prediction import ROW_SCHEMA, check_output, compare, identity, predict, read_results
-from sane_ray.properties.protocols import Population
+from sane_ray.properties.prediction import (
+    ROW_SCHEMA,
+    Prediction,
+    check_output,
+    compare,
+    identity,
+    predict,
+    read_results,
+)
+from sane_ray.properties.protocols import Population, last_rows
+from sane_ray.properties.table import results_table
 
 QUICK = PropertiesConfig(
     targets=["test_acc", "epoch", "nlin"],
@@ -84,7 +95,24 @@ def test_verdict_compares_pairs_of_draws(results):
     content, _ = results
     assert len(content["verdict"]) == 3
     assert content["verdict"][0].startswith("test_acc, ridge: SANE with s(W) is ")
-    assert all("difference" in sentence for sentence in content["verdict"])
+    rows = pq.read_table(results[1] / "predictions.parquet").to_pylist()
+    chosen = {
+        features: [
+            row for row in rows if (row["target"], row["features"], row["protocol"]) == ("test_acc", features, "split")
+        ]
+        for features in ("sane+statistics", "statistics")
+    }
+    chosen = {name: [row for row in of if row["split"] == "test"] for name, of in chosen.items()}
+    truth, models = (np.array([row[key] for row in chosen["statistics"]]) for key in ("truth", "model"))
+    names, index = np.unique(models, return_inverse=True)
+    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=50)
+    gaps = []
+    for drawn in counts:
+        rows = np.repeat(np.arange(len(truth)), drawn[index])
+        predicted = [np.array([row["prediction"] for row in of])[rows] for of in chosen.values()]
+        gaps.append(np.subtract(*(1 - np.mean((truth[rows] - p) ** 2) / np.var(truth[rows]) for p in predicted)))
+    low, high = np.percentile(gaps, [2.5, 97.5])
+    assert f"[{low:+.3f}, {high:+.3f}]; only {len(names)} test models" in content["verdict"][0]
 
 
 def test_another_zoo_tests_what_this_one_trained(zoo, zoos, tmp_path):
@@ -92,8 +120,104 @@ def test_another_zoo_tests_what_this_one_trained(zoo, zoos, tmp_path):
     config = dataclasses.replace(QUICK, features=["statistics"], targets=["test_acc"], leave_one_epoch=False)
     content = predict([zoo, Zoo("other", other)], config, tmp_path / "out")
     rows = rows_of(content, protocol="out-of-distribution")
+    assert other.models["id"] == zoo.table["id"] and other.models["sha256"] != zoo.table["sha256"]
     assert [row["part"] for row in rows] == ["zoo -> other", "other -> zoo"]
-    assert all(row["r2"] > 0.5 for row in rows)
+    assert all(row["r2"] > 0.5 and "left out" not in row["note"] for row in rows)
+    assert all(row["n_test_models"] * 3 == row["n_test"] for row in rows)
+
+
+def test_out_of_distribution_tests_no_model_that_was_trained_on(store, tmp_path):
+    splits = store.models["split"].to_pylist()
+    models = store.models.set_column(
+        store.models.column_names.index("split"), "split", pa.array(splits[9:] + splits[:9])
+    )
+    renamed = models.set_column(models.column_names.index("id"), "id", pa.array([f"other/{row}" for row in range(60)]))
+    config = dataclasses.replace(QUICK, features=["statistics"], targets=["test_acc"], leave_one_epoch=False)
+    for known, words in ((renamed, "trains on them"), (models.drop_columns("sha256"), "by their ids")):
+        zoos = [Zoo("a", store), Zoo("b", dataclasses.replace(store, models=known))]
+        population = Population.of(zoos)
+        for part in population.out_of_distribution():
+            trained, tested = (
+                {name.partition(":")[2] for rows in some for name in population.model_R[rows]}
+                for some in ((part.train, part.val), (part.test,))
+            )
+            assert not trained & tested and words in part.note and " test models of " in part.note
+    content = predict(zoos, config, tmp_path / "out")
+    assert all("left out" in row["note"] for row in rows_of(content, protocol="out-of-distribution"))
+
+
+def test_one_fit_that_fails_is_a_note(zoo, tmp_path, monkeypatch):
+    class Fails:
+        def __init__(self, blocks, models_R, refit):
+            pass
+
+        def __call__(self, *given):
+            raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(prediction, "BlockRidge", Fails)
+    config = dataclasses.replace(QUICK, targets=["test_acc"], leave_one_epoch=False)
+    content = predict([zoo], config, tmp_path / "out")
+    notes = {row["features"]: (row["note"], "r2" in row) for row in content["rows"]}
+    assert notes["statistics"] == ("it could not be fitted: SVD did not converge", False)
+    assert notes["statistics_published"] == ("", True)
+
+
+def test_validation_is_judged_by_fits_without_it(zoo, tmp_path):
+    config = dataclasses.replace(QUICK, features=["statistics"], targets=["test_acc"], leave_one_epoch=False)
+    (once,), (again,) = (
+        predict([zoo], dataclasses.replace(config, refit=refit), tmp_path / refit)["rows"]
+        for refit in ("train", "train_val")
+    )
+    assert again["validation"] == once["validation"] and again["r2"] != once["r2"]
+    kept = {refit: pq.read_table(tmp_path / refit / "predictions.parquet") for refit in ("train", "train_val")}
+    val = [table.filter(pc.field("split") == "val")["prediction"] for table in kept.values()]
+    assert len(val[0]) and val[0] == val[1]
+
+
+def test_networks_without_splits_are_refused_before_anything_is_fitted(store, zoos, tmp_path):
+    seen = Embeddings.open(zoos.as_of_source(zoos.write_embeddings(tmp_path / "seen", store)))
+    config = dataclasses.replace(QUICK, features=["sane"], targets=["test_acc"], leave_one_epoch=False)
+    with pytest.raises(
+        InputError, match=r"zoo is in a split.* prepare a store .*jobs/prepare\.py, and name it by --store"
+    ):
+        predict([Zoo("zoo", None, seen)], config, tmp_path / "out")
+    content = predict([Zoo("zoo", store, seen)], config, tmp_path / "out")
+    assert "r2" in content["rows"][0] and sum(content["zoos"][0]["models_by_split"].values()) == 20
+    splits = pa.array([None] * 3 + store.models["split"].to_pylist()[3:])
+    some = seen.models.set_column(seen.models.column_names.index("split"), "split", splits)
+    content = predict([Zoo("zoo", None, dataclasses.replace(seen, models=some))], config, tmp_path / "some")
+    assert "3 of 60 checkpoints of zoo are in no split, and left out" in content["notes"]
+
+
+def test_the_last_checkpoint_may_have_no_epoch():
+    assert last_rows(["a", "a", "b", "b", "c"], [2, None, None, 1, None]) == [0, 3, 4]
+    assert last_rows(np.array(["a", "a"]), np.array([np.nan, 0.0])) == [1]
+
+
+def test_last_checkpoints_of_models_without_epochs_count(store):
+    unknown = pa.array([None] * 60, pa.int64())
+    models = store.models.set_column(store.models.column_names.index("epoch"), "epoch", unknown)
+    population = Population.of([Zoo("zoo", dataclasses.replace(store, models=models))], last_epoch_only=True)
+    assert population.counted_R.sum() == 20
+
+
+def test_notes_say_whose_they_are(results):
+    content, _ = results
+    constant = "the truth is the same for all test rows: neither R2 nor tau is defined"
+    assert f"epoch, epoch 0, epoch 1, epoch 2: {constant}" in content["notes"]
+
+
+def test_a_run_has_its_features_and_the_probe_that_validation_chose(zoo):
+    run = Prediction([zoo], dataclasses.replace(QUICK, targets=["test_acc"], leave_one_epoch=False))
+    run.run()
+    best = run.best("test_acc")
+    assert best.row["validation"] == max(judged.row["validation"] for judged in run.judged)
+    assert run.best("absent") is None
+    values = {block.name: block.values_RF for block in run.source.blocks(best.row["features"])}
+    part = run.population.split()
+    truth = zoo.table["property.test_acc"].to_numpy()
+    fit = run.build(best.row["features"], best.row["probe"])(values)(truth, part.train, part.val, 0)
+    assert fit.choice == best.row["choice"]
 
 
 def test_bad_targets_and_features_are_notes_in_a_whole_table(store, tmp_path):
@@ -128,6 +252,14 @@ def test_last_epochs_alone(zoo, tmp_path):
     assert row["n_train"] + row["n_val"] + row["n_test"] == 20
 
 
+def test_useless_fits_are_short_in_the_table_and_whole_in_the_files(results):
+    content, _ = results
+    rows = [dict(row) for row in rows_of(content, target="test_acc")]
+    rows[0] |= {"r2": -209.3, "r2_low": -400.0, "r2_high": 0.25}
+    text = "\n".join(results_table(content | {"rows": rows}))
+    assert "< -10 [< -10, 0.250]" in text and "-209" not in text
+
+
 def test_results_are_not_overwritten(results, zoo, tmp_path):
     _, output = results
     digest = identity([zoo], QUICK)[0]
@@ -151,8 +283,18 @@ def test_the_sentence_tells_worse_from_not_told_apart():
         return Judged({"target": "t", "probe": "ridge", "choice": choice}, {"r2": Score(value, np.array(draws))})
 
     base = judged(0.5, [0.4, 0.5, 0.6])
-    assert "is at least as good" in compare(judged(0.6, [0.5, 0.6, 0.7]), base)
+    assert "SANE with s(W) is better than s(W) alone: R2 0.600" in compare(judged(0.6, [0.5, 0.6, 0.7]), base)
     assert "is not told apart" in compare(judged(0.45, [0.3, 0.45, 0.65]), base)
+    assert "is not told apart" in compare(judged(0.55, [0.39, 0.55, 0.65]), base)
     assert "is worse" in compare(judged(0.3, [0.2, 0.3, 0.4]), base)
+    assert compare(judged(np.nan, [0.4, 0.5, 0.6]), base) == compare(judged(0.5, [np.nan] * 3), base) == ""
+    useless = judged(-209.0, [-210.0, -209.0, -208.0])
+    assert ": neither SANE with s(W) nor s(W) alone reads it: R2 < -10 [< -10, < -10]" in compare(useless, useless)
+    few, many = (judged(0.6, [0.5, 0.6, 0.7]) for _ in range(2))
+    few.row["n_test_models"], many.row["n_test_models"] = 19, 20
+    assert compare(few, base).endswith("; only 19 test models") and "only" not in compare(many, base)
+    ranked = [Judged(j.row, {"r2": Score(0.1, np.zeros(3)), "tau": j.scores["r2"]}) for j in (few, base)]
+    assert "is better than s(W) alone: tau 0.600" in compare(*ranked, "tau")
+    assert "is not told apart from s(W) alone: R2 0.100" in compare(*ranked)
     unused = judged(0.5, [0.4, 0.5, 0.6], "penalty 1, weights sane 0, statistics 1")
     assert "gave SANE no weight" in compare(unused, base)

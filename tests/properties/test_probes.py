@@ -71,6 +71,15 @@ def test_refit_also_uses_validation_rows():
     assert train.choice == both.choice and not np.allclose(train.prediction_R, both.prediction_R)
 
 
+@pytest.mark.parametrize("probe", [PublishedRidge, BlockRidge])
+def test_validation_is_predicted_by_the_fit_without_it(probe):
+    x, y = data(noise=1.0)
+    train, both = (probe({"x": x}, MODELS, refit)(y, TRAIN, VAL) for refit in ("train", "train_val"))
+    assert np.array_equal(both.of_validation(VAL), train.prediction_R[VAL])
+    assert not np.allclose(both.prediction_R[VAL], train.prediction_R[VAL])
+    assert np.array_equal(train.of_validation(VAL), train.prediction_R[VAL])
+
+
 @pytest.mark.parametrize("features", [10, 150])
 def test_held_out_predictions_are_those_of_fits_without_the_model(features):
     x, y = data(features)
@@ -96,7 +105,7 @@ def test_block_ridge_gives_useless_blocks_no_weight():
     alone, both = BlockRidge({"x": x}, MODELS)(y, TRAIN, VAL), BlockRidge({"x": x, "n": noise}, MODELS)(y, TRAIN, VAL)
     errors = [np.mean((fit.prediction_R[TEST] - y[TEST]) ** 2) for fit in (alone, both)]
     assert errors[1] <= 1.3 * errors[0]
-    assert "x 1" in both.choice
+    assert "weights x 1, n 0" in both.choice
 
 
 def test_block_ridge_uses_what_a_block_adds():
@@ -148,6 +157,13 @@ def test_logistic_regression_tells_categories():
     x = generator.normal(size=(100, 4)) + 4 * np.stack([classes == "relu", classes == "tanh"] * 2, axis=1)
     fit = Logistic({"x": x, "noise": generator.normal(size=(100, 40))}, MODELS)(classes, TRAIN, VAL)
     assert np.mean(fit.prediction_R[TEST] == classes[TEST]) > 0.9
+
+
+def test_logistic_regression_of_a_category_that_one_model_alone_has():
+    classes = np.where(MODELS == "m3", "tanh", "relu").astype(object)
+    x = np.random.default_rng(0).normal(size=(100, 4)) + 4 * (classes == "tanh")[:, None]
+    fit = Logistic({"x": x}, MODELS)(classes, TRAIN, VAL)  # a fold without m3 sees one category
+    assert np.mean(fit.prediction_R == classes) > 0.9
 
 
 def test_choices_of_weights_and_folds():

@@ -48,6 +48,14 @@ def test_metrics_are_those_of_the_singular_values():
         assert row[2] == pytest.approx(eigenvalues.sum() / eigenvalues[-1])
         assert row[3] == pytest.approx(slow_fit(eigenvalues)[0])
         assert row[4] == pytest.approx(row[3] * row[1])
+        assert row[5] == pytest.approx(np.log10((eigenvalues ** row[3]).sum()))
+
+
+def test_large_eigenvalues_do_not_overflow():
+    matrices = np.random.default_rng(3).normal(size=(1, 12, 30))
+    small, large = spectral_metrics(matrices)[0], spectral_metrics(1e70 * matrices)[0]
+    assert large[3] == pytest.approx(small[3], rel=1e-6) and small[3] > 2.5  # 1e140 ** 2.5 is no number
+    assert large[5] == pytest.approx(small[5] + 140 * small[3], rel=1e-6)
 
 
 def test_what_is_not_defined_is_nan():

@@ -43,6 +43,19 @@ def write(folder: Path, source: Path, **tokens) -> TokenStore:
     return write_store(discover(source), folder, config, source=source)
 
 
+def as_of_source(folder: Path) -> Path:
+    """Makes embeddings of a store look like those of its checkpoints: no splits, and other names of architectures."""
+    models, index = pq.read_table(folder / "models.parquet"), json.loads((folder / "embeddings.json").read_text())
+    names = pa.array([f"seen-{name}" for name in models["architecture"].to_pylist()])
+    for name, values in (("split", pa.nulls(len(models), pa.string())), ("architecture", names)):
+        models = models.set_column(models.column_names.index(name), name, values)
+    pq.write_table(models, folder / "models.parquet")
+    index |= {"source": {"kind": "path", "path": "ZOO", "fingerprint": "f"}}
+    index["architectures"] = {f"seen-{name}": table for name, table in index["architectures"].items()}
+    (folder / "embeddings.json").write_text(json.dumps(index))
+    return folder
+
+
 def shape_of(z):
     """Lengths and variances of tokens, by plain formulas; numbers of SHAPE."""
     lengths, centred = np.linalg.norm(z, axis=1), z - z.mean(0)
