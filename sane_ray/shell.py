@@ -15,3 +15,8 @@ def command(name: str) -> str:
         return name
     folder = Path.cwd()
     return shlex.quote(str(ours.relative_to(folder) if ours.is_relative_to(folder) else ours))
+
+
+def this_command() -> str:
+    """The command that is running, as it can be typed."""
+    return shlex.join(["python", *sys.argv])

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sane_ray.properties.evaluation import r2_score
-from sane_ray.properties.features import Block, FeatureSource, Unavailable, Zoo
-from sane_ray.properties.probes import BlockRidge, Probe
-from sane_ray.properties.protocols import Population
-from sane_ray.properties.targets import find_target
+from sane_ray.properties.features import Block, Unavailable
+from sane_ray.properties.prediction import Prediction
+from sane_ray.properties.probes import Probe
+from sane_ray.properties.protocols import Part
+from sane_ray.properties.targets import Target
 
 WHOLE = "whole network"
 """Group of the columns that are of no layer."""
@@ -57,11 +58,11 @@ class Contributions(NamedTuple):
 
 
 def groups_of(blocks: Sequence[Block]) -> dict[str, dict[str, NDArray[np.int64]]]:
-    """Columns of each layer, by block: what stands before the first ``/`` of a column's name is its layer."""
+    """Columns of each layer, by block: what stands before the last ``/`` of a column's name is its layer."""
     found: dict[str, dict[str, list[int]]] = {}
     for block in blocks:
         for place, column in enumerate(block.columns):
-            layer, slash, _ = column.partition("/")
+            layer, slash, _ = column.rpartition("/")
             found.setdefault(layer if slash else WHOLE, {}).setdefault(block.name, []).append(place)
     return {group: {name: np.array(at) for name, at in of.items()} for group, of in found.items()}
 
@@ -140,44 +141,42 @@ def contributions(
     return Contributions(list(groups), float(base_n[0]) if len(base_n) else np.nan, moved_nG)
 
 
-def layers_behind(
-    zoo: Zoo, targets: Sequence[str], features: str, *, last_epoch_only: bool = False, seed: int = 0
-) -> dict[str, list[Importance]]:
-    """What each layer of a zoo's networks is worth to a block ridge of each numeric property.
+def layers_behind(prediction: Prediction, fits: Mapping[str, tuple[str, str]]) -> dict[str, list[Importance]]:
+    """What each layer of a zoo's networks is worth to the fits of numeric properties.
 
     Args:
-        zoo: Whose properties.
-        targets: Their names; what cannot be predicted is left out.
-        features: A feature set, such as ``sane+statistics``.
-        last_epoch_only: Each model counts with its last checkpoint alone.
-        seed: Of the permutations.
+        prediction: Whose zoos, targets and probes.
+        fits: Feature set and probe, by target; a target that cannot be predicted is left out.
 
     Returns:
-        By property, the most important layer first; empty where the features cannot be had or no layer is alone.
+        By target and fit, in words, the most important layer first; none where no layer is alone.
     """
-    try:
-        blocks = FeatureSource([zoo]).blocks(features)
-    except Unavailable:
-        return {}
-    population, found = Population.of([zoo], last_epoch_only), {}
-    models_R = population.model_R.astype(str)
-    for name in targets:
-        target = find_target(name, zoo.table)
-        part = population.split().only(target.known_R)
-        if not target.usable or target.kind != "number" or part.complaint(population.model_R):
+    targets, found = {target.name: target for target in prediction.targets}, {}
+    for name, (features, probe) in fits.items():
+        target, blocks = targets[name], _blocks(prediction, features)
+        part = prediction.population.split().only(target.known_R)
+        if len(groups_of(blocks)) < 2 or not _has_r2(target, part, prediction.population.model_R):
             continue
-        if np.ptp(target.values_R[part.train]) == 0 or np.ptp(target.values_R[part.test]) == 0:
-            continue
-
-        def build(values: Features) -> Probe:
-            return BlockRidge(values, models_R)
-
-        splits = (part.train, part.val, part.test)
-        worth = importances(build, blocks, target.values_R, splits, seed=seed)
-        added = contributions(build, blocks, target.values_R, splits, seed=seed)
+        build, splits = prediction.build(features, probe), (part.train, part.val, part.test)
+        worth = importances(build, blocks, target.values_R, splits, seed=prediction.config.seed)
+        added = contributions(build, blocks, target.values_R, splits, seed=prediction.config.seed)
         moved = dict(zip(added.groups, added.moved_nG.std(axis=0).tolist(), strict=True))
-        found[name] = [one._replace(moved=moved[one.group]) for one in worth]
+        found[f"{name} by {features}, {probe}"] = [one._replace(moved=moved[one.group]) for one in worth]
     return found
+
+
+def _blocks(prediction: Prediction, features: str) -> list[Block]:
+    try:
+        return prediction.source.blocks(features)
+    except Unavailable:
+        return []
+
+
+def _has_r2(target: Target, part: Part, model_R: NDArray[Any]) -> bool:
+    """Whether the target is a number that varies where it is fitted and judged."""
+    if not target.usable or target.kind != "number" or part.complaint(model_R):
+        return False
+    return all(np.ptp(target.values_R[rows]) > 0 for rows in (part.train, part.test))
 
 
 def _values(blocks: Sequence[Block]) -> Features:

@@ -6,17 +6,15 @@ its log spectral norm and its weighted alpha. Shape suffixes: R networks of one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from sane_ray.embedding import Embeddings
+from sane_ray.properties.protocols import last_rows
 from sane_ray.properties.spectral import NAMES, spectral_metrics
 from sane_ray.tokens.layers import LayerTable
 from sane_ray.tokens.store import TokenStore
@@ -71,8 +69,8 @@ def profiles(
     """
     ids, std_RKL = embeddings.layer_vectors("std", architecture)
     _, mean_RKL = embeddings.layer_vectors("mean", architecture)
-    wanted = pc.is_in(embeddings.layers["id"], value_set=pa.array(ids, pa.string()))
-    rows = embeddings.layers.filter(wanted)
+    wanted = ("name", "tokens", "reconstruction_mse", "explained_variance")
+    rows = embeddings.layer_columns([name for name in wanted if name in embeddings.layer_names], architecture)
     layers = rows["name"].to_pylist()[: std_RKL.shape[1]]
     single_RK = _floats(rows["tokens"]).reshape(len(ids), -1) < 2
     measures = {
@@ -121,15 +119,6 @@ def spectra_of_store(store: TokenStore, most: int = MOST_STORED) -> dict[str, di
         checkpoint = LoadedCheckpoint(store.path, store.state_dict(row))
         found[store.models["id"][row].as_py()] = spectra_of(checkpoint, store.architecture_of(row).table)
     return found
-
-
-def last_rows(models: Sequence[Any], epochs: Sequence[int | None]) -> list[int]:
-    """The row of each model's last checkpoint."""
-    last: dict[Any, int] = {}
-    for row, (model, epoch) in enumerate(zip(models, epochs, strict=True)):
-        if model not in last or (epoch or 0) >= (epochs[last[model]] or 0):
-            last[model] = row
-    return list(last.values())
 
 
 def along_depth(profiles: Profiles, first: str, second: str, kind: str = "spearman") -> Array:

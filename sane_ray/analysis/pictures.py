@@ -5,7 +5,9 @@ Reads the folders that those jobs write; never starts Ray. What there is too lit
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -174,7 +177,7 @@ def _draw_zoo(embeddings: Embeddings, folder: Path, found: Mapping[str, Profiles
 
 def _close_figure(close_R2: NDArray[np.float64], colours: Mapping[str, Sequence[Any]], models: Sequence[Any]) -> Figure:
     """The map by t-SNE of those networks that are on it."""
-    rows = np.flatnonzero(np.isfinite(close_R2[:, 0]))
+    rows = np.flatnonzero(np.isfinite(close_R2[:, 0])).tolist()
     some = {name: [values[row] for row in rows] for name, values in colours.items()}
     note = f"a sample: {len(rows):,} of {len(close_R2):,} checkpoints" if len(rows) < len(close_R2) else ""
     title = "t-SNE: near networks are alike, far distances mean nothing"
@@ -203,7 +206,7 @@ def draw_predictions(
     Args:
         results: Folder that jobs/predict.py wrote.
         folder: For the pictures; made if missing.
-        importances: By property, of the best fit.
+        importances: By property and fit.
 
     Returns:
         The files written.
@@ -232,7 +235,7 @@ def importance_table(importances: Mapping[str, Sequence[Importance]]) -> pa.Tabl
     """A row a property and layer: loss of R², its deviation, and how far the layer moves predictions.
 
     Args:
-        importances: By property, the most important first.
+        importances: By property and fit, the most important first.
     """
     rows = [{"target": target} | one._asdict() for target, found in importances.items() for one in found]
     return pa.Table.from_pylist(rows, IMPORTANCES)
@@ -254,18 +257,16 @@ def best_predictions(
     rows: Sequence[Mapping[str, Any]], predictions: pa.Table
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Truth and prediction of test checkpoints by the fit of each property that validation liked best, by a title."""
-    panels, table = {}, predictions.to_pylist()
+    panels = {}
     for target in dict.fromkeys(row["target"] for row in rows):
         best = best_row(rows, target)
         if best is None:
             continue
-        mine = [
-            entry
-            for entry in table
-            if entry["split"] == "test"
-            and all(entry[key] == best[key] for key in ("target", "features", "probe", "protocol"))
-        ]
-        if mine:
-            pairs = np.array([(entry["truth"], entry["prediction"]) for entry in mine], float)
-            panels[f"{target}: {best['features']}, {best['probe']}"] = (pairs[:, 0], pairs[:, 1])
+        keys = {"split": "test"} | {key: best[key] for key in ("target", "features", "probe", "protocol")}
+        mine = predictions.filter(functools.reduce(operator.and_, (pc.field(k) == v for k, v in keys.items())))
+        if len(mine):
+            panels[f"{target}: {best['features']}, {best['probe']}"] = (
+                mine["truth"].to_numpy(),
+                mine["prediction"].to_numpy(),
+            )
     return panels

@@ -39,6 +39,8 @@ MOST_LAYERS = 30
 """Of a table of layers."""
 
 LABELS = {"r2": "R²", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
+OF_OTHERS = ("r2", "accuracy", "mae")
+"""What is told of a protocol: the first that there is."""
 RANKS = ("r2", "tau")
 """What a README tells."""
 
@@ -120,16 +122,21 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def other_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """R² of the other protocols: a table a protocol and property, a line a part, a column a feature set."""
+    """The other protocols: a table a protocol and property, a line a part, a column a feature set.
+
+    R² with its interval; accuracy for categories, and the mean absolute error where R² is not defined, as for the
+    epoch at one epoch.
+    """
     blocks: list[Block] = []
-    others = [row for row in rows if row["protocol"] != "split" and row.get("r2") is not None]
+    others = [row for row in rows if row["protocol"] != "split" and _score(row)]
     for protocol, target, probe in dict.fromkeys((row["protocol"], row["target"], row["probe"]) for row in others):
         mine = [row for row in others if (row["protocol"], row["target"], row["probe"]) == (protocol, target, probe)]
+        score = next(name for name in OF_OTHERS if any(row.get(name) is not None for row in mine))
         features = list(dict.fromkeys(row["features"] for row in mine))
-        cells = {(row["part"], row["features"]): row["r2"] for row in mine}
+        cells = {(row["part"], row["features"]): _cell(row, score, None) for row in mine}
         parts = dict.fromkeys(row["part"] for row in mine)
-        lines = [[part, *(number(cells.get((part, name))) for name in features)] for part in parts]
-        blocks.append(Table(["", *features], lines, f"{protocol}, {target}, {probe}: R²"))
+        lines = [[part, *(cells.get((part, name), "–") for name in features)] for part in parts]
+        blocks.append(Table(["", *features], lines, f"{protocol}, {target}, {probe}: {LABELS[score]}"))
     return [Folded(f"{len(blocks)} tables", blocks)] if len(blocks) > 2 else blocks
 
 
@@ -201,6 +208,10 @@ def _made(results: Mapping[str, Any], command: str) -> list[Block]:
 def _zoo(zoo: Mapping[str, Any]) -> str:
     splits = ", ".join(f"{count:,} {split}" for split, count in zoo["models_by_split"].items())
     return f"{zoo['name']} ({zoo['checkpoints']:,} checkpoints of {zoo['models']:,} models: {splits})"
+
+
+def _score(row: Mapping[str, Any]) -> bool:
+    return any(row.get(name) is not None for name in OF_OTHERS)
 
 
 def _measured(row: Mapping[str, Any]) -> bool:

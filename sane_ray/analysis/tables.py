@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sane_ray.analysis.depth import Profiles, along_depth, last_rows
+from sane_ray.analysis.depth import Profiles, along_depth
 from sane_ray.analysis.maps import Map, nearest, typical_distance
+from sane_ray.properties.protocols import last_rows
 from sane_ray.properties.spectral import NAMES
 
 MOST_ASKED = 2000

@@ -18,6 +18,7 @@ from sane_ray.embedding import Embeddings
 from sane_ray.embedding.reading import INDEX_FILE, LAYERS_FILE
 from sane_ray.embedding.writing import Plan, embed, is_complete, plan_records, plan_store
 from sane_ray.errors import InputError
+from sane_ray.properties.protocols import last_rows
 from sane_ray.shell import command
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.reading import json_digest
@@ -147,7 +148,7 @@ def spectra_of_plan(plan: Plan, embeddings: Embeddings) -> dict[str, dict[str, N
 
 def _sampled(embeddings: Embeddings) -> list[int]:
     """Rows of the checkpoints of a source whose weights are looked at: as many as of a store, none that is huge."""
-    from sane_ray.analysis.depth import MOST_STORED, MOST_STORED_WEIGHTS, last_rows
+    from sane_ray.analysis.depth import MOST_STORED, MOST_STORED_WEIGHTS
 
     models, epochs, weights = (embeddings.models[name].to_pylist() for name in ("model", "epoch", "parameters"))
     rows = [row for row in last_rows(models, epochs) if weights[row] <= MOST_SPECTRA_WEIGHTS]

@@ -121,6 +121,11 @@ class Embeddings:
             raise _damaged(self.path, LAYERS_FILE, f"{filled} layers of {architecture} instead of {len(values_FL)}")
         return ids.to_pylist(), values_FL.reshape(len(ids), count, size)
 
+    @property
+    def layer_names(self) -> list[str]:
+        """Names of the columns of layers.parquet."""
+        return pq.read_schema(self.path / LAYERS_FILE).names
+
     def layer_columns(self, names: Sequence[str], architecture: str) -> pa.Table:
         """Some columns of layers.parquet, for the checkpoints of one architecture; no others are read.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from sane_ray.cluster import default_storage, local_path
 from sane_ray.config import EmbedJob, PredictJob
@@ -14,8 +16,9 @@ from sane_ray.embedding.job import plan_of
 from sane_ray.embedding.writing import Plan, embed, is_complete
 from sane_ray.errors import InputError
 from sane_ray.properties.features import EmbeddingTables, Zoo, embedded_as
-from sane_ray.properties.prediction import Prediction, check_output, identity, predict, read_results
+from sane_ray.properties.prediction import TABLE_FILE, Prediction, check_output, identity, predict, read_results
 from sane_ray.properties.table import describe, results_table
+from sane_ray.shell import this_command
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
 
@@ -61,7 +64,7 @@ def run(config: PredictJob, dry_run: bool) -> None:
             folder=storage / UNSENT_FOLDER,
         ) as tracker:
             results = read_results(output) if already else predict(zoos, config.properties, output, prediction)
-            report(results, zoos, config, output)
+            report(results, prediction, output)
             log(results, output, tracker)
             (output / LOGGED_FILE).touch()
     if already:
@@ -150,23 +153,22 @@ def _check_alike(first: dict[str, Any], second: dict[str, Any]) -> None:
             )
 
 
-def report(results: dict[str, Any], zoos: list[Zoo], config: PredictJob, output: Path) -> None:
+def report(results: dict[str, Any], prediction: Prediction, output: Path) -> None:
     """Draws the pictures and writes the report beside the results."""
     from sane_ray.analysis.attribution import layers_behind  # scipy and matplotlib take seconds to import
     from sane_ray.analysis.depth import spectra_of_store
-    from sane_ray.analysis.pictures import draw_embeddings, draw_predictions
+    from sane_ray.analysis.pictures import best_row, draw_embeddings, draw_predictions
     from sane_ray.analysis.reports import write_prediction_report
 
-    zoo, wanted = zoos[0], config.properties
-    features = next((name for name in ("sane+statistics", *wanted.features) if name in wanted.features), "")
-    layers = layers_behind(zoo, wanted.targets, features, last_epoch_only=wanted.epochs == "last", seed=wanted.seed)
-    pictures = draw_predictions(output, output / PICTURES, layers)
+    zoo = prediction.zoos[0]
+    rows = pq.read_table(output / TABLE_FILE).filter(pc.field("protocol") == "split").to_pylist()
+    best = {target.name: best_row(rows, target.name) for target in prediction.targets}
+    fits = {name: (row["features"], row["probe"]) for name, row in best.items() if row is not None}
+    pictures = draw_predictions(output, output / PICTURES, layers_behind(prediction, fits))
     if isinstance(zoo.embeddings, Embeddings):
         spectra = spectra_of_store(zoo.store) if zoo.store is not None else None
         pictures += draw_embeddings(zoo.embeddings, output / PICTURES, spectra)
-    flags = {"embeddings": config.embeddings, "store": config.store, "other_embeddings": config.other_embeddings}
-    command = shlex.join(["python", "jobs/predict.py", *(p for k, v in flags.items() if v for p in (f"--{k}", v))])
-    write_prediction_report(results, pictures, output / REPORT_FILE, command)
+    write_prediction_report(results, pictures, output / REPORT_FILE, this_command())
 
 
 def log(results: dict[str, Any], output: Path, tracker: Tracker) -> None:

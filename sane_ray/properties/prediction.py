@@ -101,17 +101,17 @@ class Prediction:
         self.source = FeatureSource(self.zoos)
         self._fitted: dict[Any, Any] = {}
         self._columns: dict[str, NDArray[Any]] = {}
-        self._targets = [self._find_target(name) for name in self.config.targets]
+        self.targets = [self._find_target(name) for name in self.config.targets]
 
     def check(self) -> None:
         """Raises ``InputError`` if no target at all can be predicted."""
-        if not any(target.usable for target in self._targets):
-            raise InputError("nothing to predict: " + "; ".join(target.note for target in self._targets))
+        if not any(target.usable for target in self.targets):
+            raise InputError("nothing to predict: " + "; ".join(target.note for target in self.targets))
 
     @property
     def doubts(self) -> list[str]:
         """What of the zoos and of each target cannot be used, or why nothing can."""
-        return [*self.population.notes, *(target.note for target in self._targets if target.note)]
+        return [*self.population.notes, *(target.note for target in self.targets if target.note)]
 
     def run(self) -> None:
         """Fits and judges everything; what cannot be done is a row with a note.
@@ -172,18 +172,18 @@ class Prediction:
         for probe in self._probes():
             fitted = self._probe(self._variant(probe, name), values, self._fitted)
             for part in self._parts(probe):
-                for target in self._targets:
+                for target in self.targets:
                     if _reads(probe, target):
                         self.judged.append(self._judge(name, probe, fitted, part, target, notes, columns))
 
     def _unavailable(self, name: str, reason: str) -> None:
-        for target in self._targets:
+        for target in self.targets:
             for probe in (probe for probe in self._probes() if _reads(probe, target)):
                 row = self._row(target.name, name, probe, self.population.split())
                 self.judged.append(_noted(row, [reason]))
 
     def _probes(self) -> list[str]:
-        kinds = {target.kind for target in self._targets}
+        kinds = {target.kind for target in self.targets}
         return [*(self.config.probes if "number" in kinds else ()), *(["logistic"] if "category" in kinds else ())]
 
     def _variant(self, probe: str, features: str) -> str:
@@ -288,7 +288,7 @@ class Prediction:
         targets, features, places = (
             list(dict.fromkeys(r[key] for r in rows)) for key in ("target", "features", "part")
         )
-        named = [] if len(targets) == len(self._targets) > 1 else targets
+        named = [] if len(targets) == len(self.targets) > 1 else targets
         named += [] if len(features) == len(self.config.features) else features
         places = [] if "" in places else places
         named += places if len(places) <= _MOST_NAMED else [places[0], f"{len(places) - 1} more parts like it"]

@@ -254,7 +254,7 @@ def predictions_figure(panels_of: Mapping[str, tuple[Array, Array]]) -> Figure:
             axes.hexbin(truth, prediction, gridsize=40, cmap="Blues", bins="log", mincnt=1)
         else:
             axes.scatter(truth, prediction, s=12, color=BLUE, alpha=0.5, linewidths=0)
-        label_axes(axes, wrap(title, 36), ylabel="predicted", xlabel="true")
+        label_axes(axes, wrap(title, 33), ylabel="predicted", xlabel="true")
     for axes in list(panels.flat)[len(panels_of) :]:
         axes.set_visible(False)
     return figure

@@ -45,7 +45,8 @@ def spectra_figure(
     """A row a statistic of embeddings, a column a spectral feature: both along depth, each to its own scale.
 
     Above each panel is Pearson's correlation over a network's layers, of several networks its mean and deviation; none
-    where it is not defined; such a panel is blank, and a row or column of none but those is left out. Curves are those of the median network of each architecture.
+    where it is not defined; such a panel is blank, and a row or column of none but those is left out. Curves are those
+    of the median network of each architecture.
 
     Args:
         measures_of: By architecture, measures [R, K].

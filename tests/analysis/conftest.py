@@ -6,8 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from sane_ray.embedding import VECTORS, Embeddings
+from sane_ray.tokens.tokenizer import build_layer_table
 
 LATENT = 4
 
@@ -23,7 +25,7 @@ def _write(folder, models=6, epochs=3, layers=5, families=1, properties=True, se
     for model in range(models):
         count = layers + 2 * (model % families)
         name = f"net{count}"
-        architectures[name] = {"layers": [{}] * count}
+        architectures[name] = _table(count)
         for epoch in range(epochs):
             accuracy = (model + 1) / (models + 1) * (epoch + 1) / epochs
             of_layers = generator.normal(size=(count, LATENT))
@@ -47,6 +49,12 @@ def _write(folder, models=6, epochs=3, layers=5, families=1, properties=True, se
     index |= {"trained_on": {name: name not in untrained for name in architectures}, "source": {"path": source}}
     (folder / "embeddings.json").write_text(json.dumps(index))
     return Embeddings.open(folder)
+
+
+def _table(layers):
+    """Of a network with so many layers of 8 channels, the second of one."""
+    shapes = {f"net.{layer}.weight": (1 if layer == 1 else 8, 2) for layer in range(layers)}
+    return build_layer_table({name: torch.empty(shape) for name, shape in shapes.items()}).to_dict()
 
 
 @pytest.fixture

@@ -1,11 +1,16 @@
 """Layers that decide are found to, exactly so for linear probes, and at the cost of one fit."""
 
+import dataclasses
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from sane_ray.analysis import attribution
-from sane_ray.analysis.attribution import WHOLE, contributions, groups_of, importances
-from sane_ray.properties.features import Block
+from sane_ray.analysis.attribution import WHOLE, contributions, groups_of, importances, layers_behind
+from sane_ray.config import PropertiesConfig
+from sane_ray.properties.features import Block, Zoo
+from sane_ray.properties.prediction import Prediction
 from sane_ray.properties.probes import BlockRidge, Boosting, PublishedRidge
 
 ROWS = 120
@@ -26,10 +31,11 @@ def probe_of(kind):
     return lambda values: kind(values, MODELS)
 
 
-def test_columns_belong_to_the_layer_before_the_slash_in_whatever_block():
+def test_columns_belong_to_the_layer_before_the_last_slash_in_whatever_block():
     blocks, _ = zoo()
     found = {group: {name: at.tolist() for name, at in of.items()} for group, of in groups_of(blocks).items()}
     assert found == {"a": {"one": [0]}, "b": {"one": [1, 2], "two": [0]}, "c": {"two": [1]}, WHOLE: {"two": [2]}}
+    assert list(groups_of([Block("flax", ["encoder/0/kernel/mean"], np.zeros((1, 1)))])) == ["encoder/0/kernel"]
 
 
 @pytest.mark.parametrize("kind", [BlockRidge, PublishedRidge, Boosting])
@@ -94,3 +100,20 @@ def test_features_that_are_missing_contribute_too():
     blocks[0].values_RF[:, 2] = np.nan  # of no row
     found = contributions(probe_of(BlockRidge), blocks, target, SPLITS)
     assert np.isfinite(found.moved_nG).all() and np.isfinite(found.base)
+
+
+def test_what_a_zoos_layers_are_worth_comes_with_how_far_they_move_predictions(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e", models=150, epochs=2)
+    splits = [
+        ("train", "train", "val", "test", "test")[int(model[1:]) % 5]
+        for model in embeddings.models["model"].to_pylist()
+    ]
+    models = embeddings.models.set_column(embeddings.models.column_names.index("split"), "split", pa.array(splits))
+    zoo = Zoo("zoo", None, dataclasses.replace(embeddings, models=models))
+    prediction = Prediction([zoo], PropertiesConfig(targets=["test_acc", "epoch"], features=["sane_vectors"]))
+    told = layers_behind(prediction, {"test_acc": ("sane_vectors", "ridge"), "epoch": ("sane_mean", "ridge")})
+    assert list(told) == ["test_acc by sane_vectors, ridge"]  # in the mean embedding no layer is alone
+    found = told["test_acc by sane_vectors, ridge"]
+    deviation = np.std([v for v, s in zip(models["property.test_acc"].to_pylist(), splits, strict=True) if s == "test"])
+    assert found[0].group == WHOLE and found[0].moved == pytest.approx(deviation, rel=0.2)  # alone knows the accuracy
+    assert len(found) > 1 and all(one.moved < 0.3 * found[0].moved for one in found[1:])

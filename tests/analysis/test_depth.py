@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from sane_ray.analysis.depth import Profiles, along_depth, last_rows, profiles, spectra_of, spectra_of_store
+from sane_ray.analysis.depth import Profiles, along_depth, profiles, spectra_of, spectra_of_store
 from sane_ray.analysis.tables import correlation_table, correlations, depth_table
 from sane_ray.config import TokensConfig
+from sane_ray.properties.protocols import last_rows
 from sane_ray.tokens.store.writing import write_store
 from sane_ray.tokens.tokenizer import build_layer_table
 from sane_ray.zoo.catalog import discover

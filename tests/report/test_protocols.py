@@ -1,4 +1,4 @@
-"""Epochs that were left out and other zoos: lines and matrices hold what results say, and nothing where they say none."""
+"""Epochs that were left out and other zoos: lines and matrices hold what results say, and nothing where it is none."""
 
 import numpy as np
 
