@@ -1,6 +1,6 @@
-"""The report of a prediction: one HTML file that says how well properties are read, with which features, and how sure.
+"""Reports, each one HTML file: how well properties are read, with which features, and how sure; what was embedded.
 
-Shape suffixes: none; reads the folder that jobs/predict.py writes.
+Reads the folders that jobs/predict.py and jobs/embed.py write.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from sane_ray.embedding import Embeddings
 from sane_ray.report.page import Block, Bold, Code, Folded, Items, Picture, Section, Table, Text, number, write_report
 from sane_ray.report.spectra import FEATURES, STATISTICS, number_of
 
@@ -198,7 +199,7 @@ def _made(results: Mapping[str, Any], command: str) -> list[Block]:
     said = f"{compute['seconds']:,.0f} seconds on {compute['cores']} cores for the fits"
     blocks: list[Block] = [Text(f"{said}.")]
     for model in (model for model in compute.get("pretraining", ()) if model):
-        blocks.append(Text(f"Embeddings are by the model {model.get('path')}, {model.get('fingerprint', '')[:12]}."))
+        blocks.append(Text(_model(model)))
     blocks += [Code(command)] if command else []
     settings = results["settings"]["properties"]
     blocks.append(Folded("Settings", [Code("\n".join(f"{name}: {value}" for name, value in settings.items()))]))
@@ -224,3 +225,42 @@ def _cell(row: Mapping[str, Any], metric: str, best: float | None) -> Any:
         return "–"
     text = f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else "")
     return Bold(text) if value == best else text
+
+
+def write_embedding_report(embeddings: Embeddings, pictures: Sequence[Path], path: Path, command: str = "") -> Path:
+    """Writes the report of embedded networks: what they look like, how well they are reconstructed, what is left out.
+
+    Args:
+        embeddings: Complete.
+        pictures: As ``draw_embeddings`` gives them.
+        path: File to write.
+        command: What made the embeddings.
+    """
+    index, count = embeddings.index, len(embeddings.models)
+    unknown = [name for name, trained_on in index["trained_on"].items() if not trained_on]
+    left_out = [f"{one['id']}: {one['reason']}" for one in embeddings.left_out]
+    notes = [f"The model was not trained on {name}: see how well its layers are reconstructed." for name in unknown]
+    sections = [
+        Section("Pictures", [Picture(path, CAPTIONS.get(path.stem, "")) for path in pictures if path.suffix == ".png"]),
+        Section("Layers", [layer_table(embeddings)] if count == 1 else []),
+        Section("Embeddings and spectra of the weights", list(spectra_tables(pictures))),
+        Section("Notes", [Items([*notes, *index.get("warnings", ())])] if notes or index.get("warnings") else []),
+        Section("Left out", [Folded(f"{len(left_out):,} networks", [Items(left_out)])] if left_out else []),
+        Section("How it was made", [Text(_model(index["model"])), *([Code(command)] if command else [])]),
+    ]
+    lead = f"{count:,} network{'s' * (count != 1)} of {index['source']['path']}, as a trained SANE sees them."
+    return write_report(path, "Embedded networks", sections, lead)
+
+
+def layer_table(embeddings: Embeddings) -> Table:
+    """The layers of the one network that is embedded, front to back."""
+    (architecture,) = embeddings.index["architectures"]
+    wanted = ("name", "tokens", "reconstruction_mse", "explained_variance")
+    rows = embeddings.layer_columns([name for name in wanted if name in embeddings.layer_names], architecture)
+    heads = {"name": "layer", "reconstruction_mse": "error", "explained_variance": "explained variance"}
+    lines = [[value if isinstance(value, str) else number(value) for value in row.values()] for row in rows.to_pylist()]
+    return Table([heads.get(name, name) for name in rows.column_names], lines)
+
+
+def _model(model: Mapping[str, Any]) -> str:
+    return f"Embeddings are by the model {model.get('path')}, {model.get('fingerprint', '')[:12]}."

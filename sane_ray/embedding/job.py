@@ -19,7 +19,7 @@ from sane_ray.embedding.reading import INDEX_FILE, LAYERS_FILE
 from sane_ray.embedding.writing import Plan, embed, is_complete, plan_records, plan_store
 from sane_ray.errors import InputError
 from sane_ray.properties.protocols import last_rows
-from sane_ray.shell import command
+from sane_ray.shell import command, this_command
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.reading import json_digest
 from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "sane_ray embeddings"
 """Name of the MLflow experiment."""
 
-PICTURES = "plots"
+PICTURES, REPORT_FILE = "plots", "report.html"
 """Folder of the pictures, inside that of the embeddings."""
 
 MOST_SPECTRA_WEIGHTS = 1e9
@@ -122,11 +122,13 @@ def describe(plan: Plan, cluster: ClusterConfig) -> str:
     return "\n".join(lines)
 
 
-def draw(plan: Plan, embeddings: Embeddings) -> list[Path]:
-    """The pictures, with spectra of the weights where these are few and small."""
+def draw(plan: Plan, embeddings: Embeddings) -> None:
+    """The pictures, with spectra of the weights where these are few and small, and the report."""
     from sane_ray.analysis.pictures import draw_embeddings  # matplotlib and scipy take seconds to import
+    from sane_ray.analysis.reports import write_embedding_report
 
-    return draw_embeddings(embeddings, embeddings.path / PICTURES, spectra_of_plan(plan, embeddings))
+    pictures = draw_embeddings(embeddings, embeddings.path / PICTURES, spectra_of_plan(plan, embeddings))
+    write_embedding_report(embeddings, pictures, embeddings.path / REPORT_FILE, this_command())
 
 
 def spectra_of_plan(plan: Plan, embeddings: Embeddings) -> dict[str, dict[str, NDArray[np.float64]]]:
@@ -160,10 +162,11 @@ def _sampled(embeddings: Embeddings) -> list[int]:
 def log(embeddings: Embeddings, tracker: Tracker) -> None:
     """Hands MLflow how well the networks are reconstructed, and the pictures."""
     point: dict[str, object] = {"step": 0, "checkpoints": len(embeddings.models), "layers": embeddings.num_layers}
-    for name in ("mse", "explained_variance"):
+    for name in ("reconstruction_mse", "explained_variance"):
         point[name] = pc.mean(embeddings.models[name]).as_py() if name in embeddings.models.column_names else None
     tracker.log([point])
-    tracker.log_artifact(embeddings.path / INDEX_FILE)
+    for name in (INDEX_FILE, REPORT_FILE):
+        tracker.log_artifact(embeddings.path / name)
     tracker.log_folder(embeddings.path / PICTURES)
 
 
@@ -175,7 +178,7 @@ def report(embeddings: Embeddings, uri: str, *, already: bool) -> str:
         f"{_counted(len(embeddings.models), 'checkpoint')}, {_counted(embeddings.num_layers, 'layer')}, "
         f"{embeddings.latent_dim} values each; next: {following(embeddings, pictures)}"
     )
-    seen = [f"picture  {path}" for path in pictures]
+    seen = [*(f"picture  {path}" for path in pictures), f"report   {embeddings.path / REPORT_FILE}"]
     warned = [f"warning: {warning}" for warning in embeddings.index.get("warnings", [])]
     return "\n".join([*left_out(embeddings), *unknown(embeddings), *warned, *seen, f"MLflow   {ui_command(uri)}", done])
 

@@ -191,7 +191,7 @@ def map_figure(
     for axes, (name, values) in zip(panels.flat, colours.items(), strict=False):
         _trajectories(axes, points_R2, models)
         _coloured(figure, axes, points_R2, list(values))
-        label_axes(axes, wrap(name, 36), xlabel=names[0], ylabel=names[1])
+        label_axes(axes, wrap(name, 32), xlabel=names[0], ylabel=names[1])
         if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
         if explained is None:
@@ -254,7 +254,7 @@ def predictions_figure(panels_of: Mapping[str, tuple[Array, Array]]) -> Figure:
             axes.hexbin(truth, prediction, gridsize=40, cmap="Blues", bins="log", mincnt=1)
         else:
             axes.scatter(truth, prediction, s=12, color=BLUE, alpha=0.5, linewidths=0)
-        label_axes(axes, wrap(title, 33), ylabel="predicted", xlabel="true")
+        label_axes(axes, wrap(title, 32), ylabel="predicted", xlabel="true")
     for axes in list(panels.flat)[len(panels_of) :]:
         axes.set_visible(False)
     return figure

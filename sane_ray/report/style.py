@@ -70,6 +70,7 @@ def label_axes(axes: Axes, title: str, *, ylabel: str, xlabel: str = "", legend_
 
 def headline(figure: Figure, title: str, note: str = "") -> None:
     """A bold title at the top left and, below it, a note in orange; room is made for both."""
+    title = wrap(title, int(9.5 * figure.get_figwidth()))
     lines = wrap(note, int(13 * figure.get_figwidth()), sentences=True).split("\n") if note else []
     figure.suptitle(title + "\n" * len(lines), x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     below = 1 - (0.08 + 0.2 * len(title.split("\n"))) / figure.get_figheight()

@@ -62,9 +62,12 @@ def test_a_store_is_embedded_once_with_the_model_of_a_run(made, tmp_path, capsys
     client = MlflowClient(default_uri(tmp_path))
     assert client.get_experiment_by_name(EXPERIMENT)
     (run,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
-    assert run.data.metrics["checkpoints"] == 12 and run.info.status == "FINISHED"
+    assert run.data.metrics["reconstruction_mse"] > 0 and run.data.metrics["checkpoints"] == 12
+    assert run.info.status == "FINISHED"
     plots = {Path(artifact.path).name for artifact in client.list_artifacts(run.info.run_id, "plots")}
     assert {"map.png", "map.svg", "depth.png", "depth.parquet"} <= plots
+    assert "as a trained SANE sees them" in (folder / "report.html").read_text()
+    assert "report.html" in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     (folder / "plots" / "map.png").unlink()
     embed.main(job, False)
     assert "nothing to do" in capsys.readouterr().out and not (folder / "plots" / "map.png").exists()

@@ -48,3 +48,13 @@ def test_a_number_is_blank_or_has_a_deviation_or_none():
     assert number_of({"pearson": None, "pearson_deviation": None}) == ""
     assert number_of({"pearson": 0.0, "pearson_deviation": None}) == "r = 0.00"
     assert number_of({"pearson": 0.456, "pearson_deviation": 0.1}) == "r = 0.46 ± 0.10"
+
+
+def test_a_long_title_stays_on_a_narrow_figure():
+    measures = {"norm": np.arange(5.0)[None], "log_norm": np.arange(5.0)[None]}
+    title = "Embeddings and spectra of the weights along depth: mean ± deviation of r over 1,000 networks"
+    rows = correlations(Profiles(["a"], list("vwxyz"), measures))
+    figure = spectra_figure({"net": measures}, rows, title, "a note")
+    figure.draw_without_rendering()
+    assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in figure.texts)
+    assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
