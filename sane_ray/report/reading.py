@@ -279,6 +279,7 @@ def importances_figure(drops: Mapping[str, Sequence[Sequence[Any]]]) -> Figure:
         axes.set_yticks(range(len(bars)), short_names([bar[0] for bar in bars], 30))
         axes.set_ylim(tallest - 0.4, -0.6)
         axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.locator_params(axis="x", nbins=4)
         label_axes(axes, wrap(title, 28), ylabel="", xlabel=f"loss of R²{_unseen(drops[title], len(bars))}")
     return figure
 
