@@ -604,7 +604,8 @@ class EmbeddingConfig:
     """Also decode, and measure the reconstruction error of every network and layer; without, it takes half the time."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the matrix products; `auto` takes bfloat16 where the device multiplies it natively."""
+    """Number format of the matrix products; `auto` takes bfloat16 where the device multiplies it natively, decided once
+    when a folder of embeddings is begun."""
 
     tokens_at_once: int = 0
     """Tokens that go through the model together: those of many networks, or of some windows of a large one. With more

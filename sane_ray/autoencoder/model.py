@@ -133,8 +133,9 @@ class SANE(nn.Module):
 
     Attributes:
         config: Shape of the model, resolved.
-        preprocessing: How weights became the tokens it was trained on: ``{"token_size", "architectures": {name:
-            {"table": LayerTable.to_dict(), "normalization": Normalization.to_dict()}}}``; empty if unknown.
+        preprocessing: How weights became the tokens it was trained on: ``{"token_size", "batch_norm",
+            "parameters", "align", "architectures": {name: {"table": LayerTable.to_dict(), "normalization":
+            Normalization.to_dict()}}}``, without the second to fourth if an earlier version made it; empty if unknown.
         provenance: Where the model comes from, such as its run, step and validation loss; empty if unknown.
 
     Raises:
