@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Spectra = Mapping[str, Mapping[str, NDArray[np.float64]]]
+Colours = Mapping[str, Sequence[Any]]
 
 MOST_MAPPED = 20_000
 """A map of more networks is of a sample."""
@@ -50,6 +51,8 @@ MOST_ARCHITECTURES = 8
 """Of a family, the commonest ones."""
 
 PROPERTIES = ("test_acc", "epoch", "ggap")
+MOST_COLOURS = 6
+"""Maps of one zoo side by side."""
 NAMELESS = re.compile(
     r"(checkpoints?|model|pytorch_model|state_dict|weights|last|best|final|latest)?[-_.\d]*(\.(safetensors|pt|pth|bin|ckpt))?"
 )
@@ -68,7 +71,9 @@ IMPORTANCES = pa.schema(
 )
 
 
-def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | None = None) -> list[Path]:
+def draw_embeddings(
+    embeddings: Embeddings, folder: Path, spectra: Spectra | None = None, colours: Colours | None = None
+) -> list[Path]:
     """Draws a network at a glance; or a zoo as a map, and its layers along depth. Writes what is drawn as tables too.
 
     Depth is that of the commonest architecture, and where there are more, a family by relative depth.
@@ -77,6 +82,8 @@ def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | Non
         embeddings: Complete.
         folder: For the pictures; made if missing.
         spectra: Spectral metrics of the networks' layers by id, where their weights are at hand.
+        colours: By property, the value of each checkpoint, which colours the maps: numbers or texts, None where it is
+            unknown. By default those of ``PROPERTIES`` that the embeddings have.
 
     Returns:
         The files written; the first is the one to look at first.
@@ -95,7 +102,7 @@ def draw_embeddings(embeddings: Embeddings, folder: Path, spectra: Spectra | Non
         drawn = save(network_figure(of_commonest.layers, mean_RKL[0], measures, title, note), folder / "network.png")
         drawn += _draw_spectra(folder, found, note)
         return drawn + write_tables(folder, models, found)
-    drawn = _draw_zoo(embeddings, folder, found)
+    drawn = _draw_zoo(embeddings, folder, found, colours)
     title = f"{len(of_commonest.ids):,} networks of architecture {shorten(commonest, 50)}"
     note_here = unknown(embeddings, [commonest])
     drawn += save(depth_figure(of_commonest.layers, of_commonest.measures, title, note_here), folder / "depth.png")
@@ -156,7 +163,9 @@ def _draw_spectra(folder: Path, found: Mapping[str, Profiles], note: str) -> lis
     return save(spectra_figure(measures, rows, title, note), folder / "spectra.png")
 
 
-def _draw_zoo(embeddings: Embeddings, folder: Path, found: Mapping[str, Profiles]) -> list[Path]:
+def _draw_zoo(
+    embeddings: Embeddings, folder: Path, found: Mapping[str, Profiles], colours: Colours | None
+) -> list[Path]:
     """The map, if there are networks enough that differ; and the tables."""
     rows = np.arange(len(embeddings.models))
     if len(rows) > MOST_MAPPED:
@@ -165,13 +174,15 @@ def _draw_zoo(embeddings: Embeddings, folder: Path, found: Mapping[str, Profiles
     if len(rows) < 3 or where.shape[1] == 0:
         return write_tables(folder, embeddings.models, found)
     shown, table = principal_map(where), embeddings.models.take(pa.array(rows))
-    colours = {name: values for name in PROPERTIES if (values := column(table, name)) is not None}
-    colours, models = colours or {"networks": [0.0] * len(rows)}, table["model"].to_pylist()
+    if colours is None:
+        known = {name: values for name in PROPERTIES if (values := column(table, name)) is not None}
+    else:
+        known = {name: [values[row] for row in rows.tolist()] for name, values in list(colours.items())[:MOST_COLOURS]}
+    colours, models = known or {"networks": [0.0] * len(rows)}, table["model"].to_pylist()
     drawn = save(map_figure(shown.points_R2, colours, shown.explained, models), folder / "map.png")
     close_R2 = close_map(where)
     if close_R2 is not None:
         drawn += save(_close_figure(close_R2, colours, models), folder / "tsne.png")
-    known = {name: values for name, values in colours.items() if name in PROPERTIES}
     return drawn + write_tables(folder, table, found, shown, where, known, close_R2)
 
 

@@ -167,7 +167,8 @@ def report(results: dict[str, Any], prediction: Prediction, output: Path) -> Non
     pictures = draw_predictions(output, output / PICTURES, layers_behind(prediction, fits))
     if isinstance(zoo.embeddings, Embeddings):
         spectra = spectra_of_store(zoo.store) if zoo.store is not None else None
-        pictures += draw_embeddings(zoo.embeddings, output / PICTURES, spectra)
+        colours = {one.name: one.values_R[: len(zoo)].tolist() for one in prediction.targets if one.usable}
+        pictures += draw_embeddings(zoo.embeddings, output / PICTURES, spectra, colours)
     write_prediction_report(results, pictures, output / REPORT_FILE, this_command())
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -185,3 +186,15 @@ def test_the_table_for_a_readme_has_the_best_in_bold():
     assert lines[0] == "| property | features | probe | R² | tau |" and len(lines) == 6
     assert lines[3] == "| test_acc | sane+statistics | ridge | **0.800 [0.700, 0.900]** | **0.600** |"
     assert lines[2] == "| test_acc | statistics | ridge | 0.600 [0.500, 0.700] | 0.400 |"
+
+
+def test_maps_are_coloured_by_what_is_asked_for(write_embeddings, tmp_path):
+    embeddings = write_embeddings(tmp_path / "e", models=6, epochs=2)
+    colours = {"activation": ["relu", "tanh", None] * 4, "loss": [*np.linspace(0, 1, 11), np.nan]}
+    draw_embeddings(embeddings, tmp_path / "plots", colours=colours)
+    words = (tmp_path / "plots" / "map.svg").read_text()
+    assert all(f"<!-- {word} -->" in words for word in ("activation", "loss", "relu", "tanh", "unknown"))
+    assert "<!-- epoch -->" not in words
+    summary = json.loads((tmp_path / "plots" / "analysis.json").read_text())
+    alike = summary["neighbours"]
+    assert list(alike) == ["loss"] and 0 <= alike["loss"]["nearest"] <= 1
