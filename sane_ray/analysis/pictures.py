@@ -128,7 +128,9 @@ def network_title(embeddings: Embeddings, layers: int) -> str:
         path = Path(source["path"])
         names = [part for part in (*path.parts[1:-1], path.stem) if not NAMELESS.fullmatch(part)][-1:]
     known = {name: values[0] for name in PROPERTIES if (values := column(embeddings.models, name)) is not None}
-    said = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in known.items() if value is not None]
+    told = {name: value for name, value in known.items() if value is not None}
+    told = {} if told == {"epoch": 0} else told  # what a file without an epoch has
+    said = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in told.items()]
     count = f"{layers} layer" + "s" * (layers != 1)
     return ", ".join([shorten("/".join(names[-2:]) or identifier, 48), *said, count])
 

@@ -124,7 +124,7 @@ def test_a_network_is_called_by_what_tells_it_from_others(write_embeddings, tmp_
     nameless = write_embeddings(tmp_path / "f", models=1, epochs=1, properties=False, source=source)
     renamed = nameless.models.set_column(1, "model", pa.array(["checkpoints"]))
     nameless = dataclasses.replace(nameless, models=renamed)
-    assert network_title(nameless, 1) == "NN_tune_3, epoch 0, 1 layer"
+    assert network_title(nameless, 1) == "NN_tune_3, 1 layer"
 
 
 def test_what_the_model_was_not_trained_on_is_said(write_embeddings, tmp_path):

@@ -63,7 +63,7 @@ def test_without_a_store_the_whole_line_is_walked_once(ray_session, tmp_path, ca
     pretrain.main(job, True)
     planned = capsys.readouterr().out
     assert "6 training windows of 52 tokens" in planned and "2 epochs of 3 steps of 2 windows" in planned
-    assert "MB a worker" in planned and "H200" not in planned  # nobody trains 0.9 M parameters on 512 of them
+    assert " a worker: " in planned and "H200" not in planned  # nobody trains 0.9 M parameters on 512 of them
     pretrain.main(dataclasses.replace(job, cluster=ClusterConfig(gpu="yes")), True)
     assert "H200" in capsys.readouterr().out
     monkeypatch.setattr(describe, "FOR_GPUS", 1)
