@@ -379,7 +379,7 @@ def check_output(output: Path, digest: str) -> bool:
     if not path.exists() and {entry.name for entry in output.iterdir()} <= leftovers:
         return False
     what = "results with other settings" if known else "something else"
-    raise InputError(f"{output} holds {what}: name another --output or --run_name, or delete it")
+    raise InputError(f"{output} holds {what}: name another --output or --run-name, or delete it")
 
 
 def read_results(output: Path) -> dict[str, Any]:
