@@ -356,8 +356,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise InputError(f"--store {folder} does not exist: write it with `{remedy}`")
     if not path.is_file():
         raise InputError(
-            f"--store {folder} is not a complete token store (it has no {INDEX_FILE}): name another, or delete it and "
-            f"run `{remedy}`"
+            f"--store {folder} is not a complete token store (it has no {INDEX_FILE}): name another, or, if it holds "
+            f"checkpoints, prepare them into a new folder: `python jobs/prepare.py --source {folder} --store STORE`"
         )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
