@@ -355,9 +355,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise InputError(f"--store {folder} does not exist: write it with `{remedy}`")
     if not path.is_file():
+        what = f"--store {folder} is not a complete token store (it has no {INDEX_FILE})"
+        if (folder / MODELS_FILE).is_file():  # what is left of one; anything else may be dear to its owner
+            raise InputError(f"{what}: name another, or delete it and run `{remedy}`")
         raise InputError(
-            f"--store {folder} is not a complete token store (it has no {INDEX_FILE}): name another, or, if it holds "
-            f"checkpoints, prepare them into a new folder: `python jobs/prepare.py --source {folder} --store STORE`"
+            f"{what}: name another, or, if it holds checkpoints, prepare them into a new folder: "
+            f"`python jobs/prepare.py --source {folder} --store STORE`"
         )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

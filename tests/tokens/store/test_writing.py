@@ -387,8 +387,9 @@ def test_a_folder_of_something_else_is_not_overwritten(new_zoo: Callable, tmp_pa
     zoo = new_zoo(models=3, epochs=1)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(InputError, match="thesis is not a complete token store"):
+    with pytest.raises(InputError, match="thesis is not a complete token store") as refused:
         zoo.prepare("thesis")
+    assert "delete" not in str(refused.value)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
 
 
