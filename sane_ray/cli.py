@@ -190,18 +190,8 @@ def _explain(error: Exception, parser: ArgumentParser) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     message = " ".join(str(error).split())
-    message = re.sub(r"[Ee]xpected a typing\.Literal\[(.+?)\]", r"expected one of \1", message)
-    message = _UNION.sub(_expected_of_union, message)
-    message = re.sub(r"[Ee]xpected an? <class '(\w+)'>", lambda found: f"expected {_in_words(found[1])}", message)
-    message = re.sub(r'Parser key "([\w.]+)":', r"config field \1:", message)
-    message = re.sub(r"\. Got value:", ", got", message)
-    message = re.sub(r"argument --([\w.]+): expected one argument", _needs_value, message)
-    message = re.sub(r"config field config: File does not exist: '(.+)'", r"--config \1 does not exist", message)
-    message = re.sub(
-        r"config field (\w+): Unable to load config '(.+?)' - .*",
-        r"config field \1 is \2: it is a section, so set its fields one by one (--\1.FIELD VALUE)",
-        message,
-    )
+    for pattern, words in _PHRASES:
+        message = re.sub(pattern, words, message)
     return _suggest(message, parser) or message
 
 
@@ -250,6 +240,22 @@ def _suggest(message: str, parser: ArgumentParser) -> str:
     near = _near(name, [action.dest for action in parser._actions if action.dest != "help"])
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"no config field is called {name!r}{hint} (`--help` lists them all)"
+
+
+_PHRASES: tuple[tuple[str | re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (r"[Ee]xpected a typing\.Literal\[(.+?)\]", r"expected one of \1"),
+    (_UNION, _expected_of_union),
+    (r"[Ee]xpected an? <class '(\w+)'>", lambda found: f"expected {_in_words(found[1])}"),
+    (r'Parser key "([\w.]+)":', r"config field \1:"),
+    (r"\. Got value:", ", got"),
+    (r"argument --([\w.]+): expected one argument", _needs_value),
+    (r"config field config: File does not exist: '(.+)'", r"--config \1 does not exist"),
+    (
+        r"config field (\w+): Unable to load config '(.+?)' - .*",
+        r"config field \1 is \2: it is a section, so set its fields one by one (--\1.FIELD VALUE)",
+    ),
+)
+"""What jsonargparse says, and in its place; one after the other."""
 
 
 _ALIKE = 0.8

@@ -28,6 +28,11 @@ QUIET = {
 """Environment, unless the user has set it: Ray's notices stay off the terminal, and nobody is told what runs here."""
 
 
+def named_address(config: ClusterConfig) -> str:
+    """The address of the cluster to join; empty where none is named and Ray starts on this machine."""
+    return config.address or os.environ.get("RAY_ADDRESS", "")
+
+
 @contextmanager
 def connect(config: ClusterConfig) -> Iterator[None]:
     """Joins the cluster at ``config.address`` or ``RAY_ADDRESS``, or starts Ray on this machine, for the block inside.
@@ -44,7 +49,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    address = named_address(config)
     before = {number: answer for number, answer in handlers().items() if callable(answer)}
     if not address:
         with local_ray(max(os.cpu_count() or 1, required_cpus(config))):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
@@ -103,6 +104,19 @@ def spectra_of(checkpoint: Checkpoint, table: LayerTable) -> dict[str, Array]:
     return found
 
 
+def evenly_chosen(models: pa.Table, most: int) -> list[int]:
+    """Rows whose spectra are computed: last checkpoints of models, evenly chosen; fewer where they are large.
+
+    Args:
+        models: Of checkpoints: ``model``, ``epoch`` and ``parameters``.
+        most: Rows at most.
+    """
+    names, epochs, weights = (models[name].to_pylist() for name in ("model", "epoch", "parameters"))
+    rows, largest = last_rows(names, epochs), max(weights, default=1)
+    count = min(len(rows), most, max(1, int(MOST_STORED_WEIGHTS / largest)))
+    return [rows[place * (len(rows) - 1) // max(count - 1, 1)] for place in range(count)]
+
+
 def spectra_of_store(store: TokenStore, most: int = MOST_STORED) -> dict[str, dict[str, Array]]:
     """``spectra_of`` some networks of a store, by id: last checkpoints of models, evenly chosen.
 
@@ -110,12 +124,8 @@ def spectra_of_store(store: TokenStore, most: int = MOST_STORED) -> dict[str, di
         store: Where the weights are.
         most: Networks at most; fewer where they are large.
     """
-    models, epochs = store.models["model"].to_pylist(), store.models["epoch"].to_pylist()
-    rows, largest = last_rows(models, epochs), max(store.models["parameters"].to_pylist(), default=1)
-    count = min(len(rows), most, max(1, int(MOST_STORED_WEIGHTS / largest)))
-    chosen = [rows[int(place)] for place in np.linspace(0, len(rows) - 1, count)] if rows else []
     found = {}
-    for row in chosen:
+    for row in evenly_chosen(store.models, most):
         checkpoint = LoadedCheckpoint(store.path, store.state_dict(row))
         found[store.models["id"][row].as_py()] = spectra_of(checkpoint, store.architecture_of(row).table)
     return found

@@ -25,6 +25,7 @@ from sane_ray.analysis.depth import Profiles, profiles
 from sane_ray.analysis.maps import close_map, places, principal_map
 from sane_ray.analysis.tables import correlations, write_tables
 from sane_ray.embedding import Embeddings
+from sane_ray.properties.prediction import by_validation
 from sane_ray.report.protocols import epochs_figure, has_epochs, has_transfer, transfer_figure
 from sane_ray.report.reading import (
     depth_figure,
@@ -262,8 +263,8 @@ def _zoos(results: Path) -> list[str]:
 
 def best_row(rows: Sequence[Mapping[str, Any]], target: str) -> Mapping[str, Any] | None:
     """The fit of a property that did best on validation models; of those without any, the first; None if none did."""
-    known = [row for row in rows if row["target"] == target and row["r2"] is not None]
-    return max(known, key=lambda row: -np.inf if row["validation"] is None else row["validation"], default=None)
+    known = [row for row in rows if row["target"] == target and row.get("r2") is not None]
+    return max(known, key=by_validation, default=None)
 
 
 def best_predictions(

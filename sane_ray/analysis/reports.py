@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from sane_ray.embedding import Embeddings
+from sane_ray.properties.table import measured
 from sane_ray.report.page import Block, Bold, Code, Folded, Items, Picture, Section, Table, Text, number, write_report
 from sane_ray.report.spectra import FEATURES, STATISTICS, number_of
 
@@ -80,7 +81,7 @@ def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
     """One table a property: every feature set and probe with its intervals; the best value of each score is bold."""
     tables: list[Block] = []
     for target in dict.fromkeys(row["target"] for row in rows):
-        fitted = [row for row in rows if row["target"] == target and _measured(row)]
+        fitted = [row for row in rows if row["target"] == target and measured(row)]
         if not fitted:
             notes = dict.fromkeys(row.get("note", "") for row in rows if row["target"] == target)
             tables.append(Text(f"{target}: {'; '.join(note for note in notes if note) or 'nothing was fitted'}"))
@@ -213,10 +214,6 @@ def _zoo(zoo: Mapping[str, Any]) -> str:
 
 def _score(row: Mapping[str, Any]) -> bool:
     return any(row.get(name) is not None for name in OF_OTHERS)
-
-
-def _measured(row: Mapping[str, Any]) -> bool:
-    return any(row.get(name) is not None for name in LABELS)
 
 
 def _cell(row: Mapping[str, Any], metric: str, best: float | None) -> Any:

@@ -19,6 +19,7 @@ from sane_ray.analysis.depth import Profiles, along_depth
 from sane_ray.analysis.maps import Map, nearest, typical_distance
 from sane_ray.properties.protocols import last_rows
 from sane_ray.properties.spectral import NAMES
+from sane_ray.report.spectra import STATISTICS
 
 MOST_ASKED = 2000
 """Networks at most whose neighbours are looked up."""
@@ -28,7 +29,7 @@ NEIGHBOURS = pa.schema(
     [("id", _TEXT), ("rank", pa.int64()), ("neighbour", _TEXT), ("model", _TEXT), ("distance", pa.float64())]
 )
 
-OF_EMBEDDINGS, OF_WEIGHTS = ("spread", "norm", "error", "explained_variance"), NAMES
+OF_EMBEDDINGS, OF_WEIGHTS = tuple(STATISTICS), NAMES
 """Statistics of a layer's embeddings, and spectral features of its weights."""
 
 _NUMBER = pa.float64()

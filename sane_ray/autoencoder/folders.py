@@ -9,9 +9,12 @@ from pathlib import Path
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
+MODEL_FOLDER = "model"
+"""Of a run: where its model is."""
+
 WHERE = (
-    f"name the folder of a run (results/runs/<run>), or the folder model/ inside it, which holds {CONFIG_FILE} and "
-    f"{WEIGHTS_FILE}"
+    f"name the folder of a run (results/runs/<run>), or the folder {MODEL_FOLDER}/ inside it, which holds "
+    f"{CONFIG_FILE} and {WEIGHTS_FILE}"
 )
 
 _KNOWN = {
@@ -53,7 +56,7 @@ def _models(folder: Path) -> list[Path]:
         below = [path for each in level for path in _inside(each) if path.is_dir()]
         below = below[: max(0, _LOOKED_AT - looked_at)]
         looked_at += len(below)
-        models = [path for path in below if _is_model(path) or _is_model(path / "model")]
+        models = [path for path in below if _is_model(path) or _is_model(path / MODEL_FOLDER)]
         found += models
         level = [path for path in below if path not in models]
     return found

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sane_ray.autoencoder.model import CONFIG_FILE
+from sane_ray.autoencoder.folders import CONFIG_FILE, MODEL_FOLDER
 from sane_ray.cluster import default_storage, local_path
 from sane_ray.config import ClusterConfig, EmbedJob, to_dict
 from sane_ray.embedding import Embeddings
 from sane_ray.embedding.reading import INDEX_FILE, LAYERS_FILE
 from sane_ray.embedding.writing import Plan, embed, is_complete, plan_records, plan_store
 from sane_ray.errors import InputError
-from sane_ray.properties.protocols import last_rows
 from sane_ray.shell import command, this_command
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.reading import json_digest
@@ -27,7 +27,6 @@ from sane_ray.zoo.catalog import catalog_source
 from sane_ray.zoo.sources import Source, read, to_fetch
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 EXPERIMENT = "sane_ray embeddings"
@@ -43,8 +42,6 @@ LOGGED_FILE = ".logged"
 """In the folder of the embeddings when they are drawn and MLflow has been told."""
 
 _LISTED = 20
-_MODEL_FOLDER = "model"
-"""Of a run: what pretraining calls it, which is not imported for its name alone."""
 
 
 def run(config: EmbedJob, dry_run: bool) -> None:
@@ -101,13 +98,13 @@ def plan_of(config: EmbedJob, storage: Path) -> Plan:
 
 def model_folder(path: Path) -> Path:
     """The model's own folder, also where that of its run is named."""
-    inside = path / _MODEL_FOLDER
+    inside = path / MODEL_FOLDER
     return inside if not (path / CONFIG_FILE).exists() and inside.is_dir() else path
 
 
 def model_name(model: Path) -> str:
     """What tells a model from others: the name of its run, where that is the folder above it."""
-    return model.parent.name if model.name == _MODEL_FOLDER else model.name
+    return model.parent.name if model.name == MODEL_FOLDER else model.name
 
 
 def describe(plan: Plan, cluster: ClusterConfig) -> str:
@@ -150,13 +147,10 @@ def spectra_of_plan(plan: Plan, embeddings: Embeddings) -> dict[str, dict[str, N
 
 def _sampled(embeddings: Embeddings) -> list[int]:
     """Rows of the checkpoints of a source whose weights are looked at: as many as of a store, none that is huge."""
-    from sane_ray.analysis.depth import MOST_STORED, MOST_STORED_WEIGHTS
+    from sane_ray.analysis.depth import MOST_STORED, evenly_chosen
 
-    models, epochs, weights = (embeddings.models[name].to_pylist() for name in ("model", "epoch", "parameters"))
-    rows = [row for row in last_rows(models, epochs) if weights[row] <= MOST_SPECTRA_WEIGHTS]
-    largest = max((weights[row] for row in rows), default=1)
-    count = min(len(rows), MOST_STORED, max(1, int(MOST_STORED_WEIGHTS / largest)))
-    return [rows[place * (len(rows) - 1) // max(count - 1, 1)] for place in range(count)]
+    rows = np.flatnonzero(embeddings.models["parameters"].to_numpy() <= MOST_SPECTRA_WEIGHTS)
+    return rows[evenly_chosen(embeddings.models.take(pa.array(rows)), MOST_STORED)].tolist()
 
 
 def log(embeddings: Embeddings, tracker: Tracker) -> None:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sane_ray.embedding.encoder import Read, in_memory
-from sane_ray.embedding.preprocessing import Prepared, Preprocessing, settings_of
+from sane_ray.embedding.preprocessing import Prepared, Preprocessing
 from sane_ray.errors import InputError
 from sane_ray.tokens.layers import LayerTable
 from sane_ray.tokens.normalization import Moments, merge, scale_of
 from sane_ray.tokens.store.inspection import glance, slices_of, why
-from sane_ray.tokens.store.reading import SPLITS, RowGroup, TokenStore, as_float32
+from sane_ray.tokens.store.reading import SPLITS, RowGroup, TokenStore, as_float32, settings_of
 from sane_ray.tokens.tokenizer import tokenize, tokenize_range
 from sane_ray.zoo.catalog import open_record
 from sane_ray.zoo.checkpoint import Checkpoint

@@ -19,13 +19,10 @@ from sane_ray.embedding.encoder import check_fits_model
 from sane_ray.errors import InputError
 from sane_ray.tokens.kinds import BatchNorm, Parameters
 from sane_ray.tokens.layers import LayerTable
-from sane_ray.tokens.normalization import LayerStatistics, Normalization, fit
+from sane_ray.tokens.normalization import Normalization, fit
 from sane_ray.tokens.store.layout import by_kind, of_kinds
-from sane_ray.tokens.store.reading import Architecture, TokenStore
+from sane_ray.tokens.store.reading import SETTINGS, Architecture
 from sane_ray.tokens.tokenizer import build_layer_table, check_fits
-
-SETTINGS = ("batch_norm", "parameters", "align")
-"""Options of the token store that a model carries beside its layer tables, as ``preprocessing_of`` writes them."""
 
 
 @dataclass(frozen=True)
@@ -149,20 +146,8 @@ class Preprocessing:
     def _of_kinds(self, table: LayerTable) -> Normalization:
         """By the mean statistics of layers of the same kind in training, or of all layers for a kind it had not."""
         known = {name: table for name, (table, _) in self._known.items()}
-        statistics = {name: _statistics(normalization) for name, (_, normalization) in self._known.items()}
+        statistics = {name: normalization.as_statistics() for name, (_, normalization) in self._known.items()}
         return fit(of_kinds(by_kind(statistics, known), table), self._normalization.mode)
-
-
-def _statistics(normalization: Normalization) -> LayerStatistics:
-    """Statistics that give a normalisation, whatever its mode."""
-    shift, scale = normalization.shift, normalization.scale
-    return LayerStatistics(1, shift, scale**2, scale, shift - scale, shift + scale)
-
-
-def settings_of(store: TokenStore) -> dict[str, str]:
-    """The options of ``SETTINGS`` that a store was prepared with."""
-    said = {"align": store.index["alignment"]["method"]} | store.index.get("inputs", {}).get("tokens", {})
-    return {name: said[name] for name in SETTINGS if name in said}
 
 
 _REASONS = {"batch_norm": "batch norm is ignored", "parameters": "named "}

@@ -14,12 +14,12 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from sane_ray import __version__
 from sane_ray.autoencoder.model import CONFIG_FILE, SANE, WEIGHTS_FILE
-from sane_ray.cluster import connect
+from sane_ray.cluster import connect, named_address
 from sane_ray.config import ClusterConfig, EmbeddingConfig
 from sane_ray.embedding.encoder import QUANTILES, Embedder, choose_format, window_and_halo
 from sane_ray.embedding.networks import (
@@ -46,13 +46,13 @@ from sane_ray.embedding.networks import (
     units_of_store,
 )
 from sane_ray.embedding.parts import PARTS_FOLDER, Gathered, Part, gather, part_folder
-from sane_ray.embedding.preprocessing import Preprocessing, settings_of
+from sane_ray.embedding.preprocessing import Preprocessing
 from sane_ray.embedding.reading import FORMAT, INDEX_FILE, VERSION, Embeddings, read_index
 from sane_ray.errors import InputError
 from sane_ray.preflight import Resources, preflight
 from sane_ray.tokens.store.inputs import SMALL_BYTES, look
 from sane_ray.tokens.store.progress_bar import progress_bar
-from sane_ray.tokens.store.reading import TokenStore, file_digest, json_digest
+from sane_ray.tokens.store.reading import TokenStore, file_digest, json_digest, settings_of
 from sane_ray.zoo.readers import Record, bare
 from sane_ray.zoo.tables import text_column, value_columns
 
@@ -87,6 +87,11 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     """What may make the embeddings worse than those of training."""
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the model: ``model_fingerprint``."""
+        return model_fingerprint(self.model)
+
     @property
     def checkpoints(self) -> int:
         """How many there are to embed."""
@@ -109,7 +114,7 @@ class Plan:
             return False
         if len(self.units) > 1:
             return self.is_small and cluster.max_workers == 1
-        return self.is_small or gpu_here or cluster.gpu == "no" or not _names_cluster(cluster)
+        return self.is_small or gpu_here or cluster.gpu == "no" or not named_address(cluster)
 
     def place(self, cluster: ClusterConfig) -> str:
         """Where they are embedded, in words."""
@@ -130,7 +135,7 @@ class Plan:
         settings = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in _NO_MATTER}
         return {
             "version": VERSION,
-            "model": model_fingerprint(self.model),
+            "model": self.fingerprint,
             "networks": self.source["fingerprint"],
             "settings": settings,
         }
@@ -258,10 +263,6 @@ def _workers(plan: Plan, cluster: ClusterConfig) -> Iterator[Workers]:
         return
     with connect(cluster):
         yield preflight(cluster, storage=plan.output)
-
-
-def _names_cluster(cluster: ClusterConfig) -> bool:
-    return bool(cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
 def _as_begun(plan: Plan) -> Plan:
@@ -449,7 +450,7 @@ def _index(plan: Plan, gathered: Gathered, left_out: list[dict[str, str]]) -> di
         "written_by": f"sane_ray {__version__}",
         "model": {
             "path": str(plan.model),
-            "fingerprint": model_fingerprint(plan.model),
+            "fingerprint": plan.fingerprint,
             "provenance": model.provenance,
         },
         "source": plan.source,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sane_ray.autoencoder.folders import MODEL_FOLDER
 from sane_ray.autoencoder.model import SANE, check_replaceable
 from sane_ray.cluster import local_path
 from sane_ray.config import (
@@ -32,7 +33,6 @@ from sane_ray.pretraining.stream import plan_of_store, windows_of_split
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tracking import flatten
 
-MODEL_FOLDER = "model"
 """The model as it is at the end, inside the run's folder."""
 
 BEST_FOLDER = "model_best"

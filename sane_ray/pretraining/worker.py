@@ -19,7 +19,6 @@ import torch
 
 from sane_ray.autoencoder.model import CONFIG_FILE
 from sane_ray.cluster import quieten
-from sane_ray.embedding.preprocessing import settings_of
 from sane_ray.errors import InputError
 from sane_ray.hardware import measured_peak, peak_flops
 from sane_ray.pretraining.batch import Batch
@@ -37,6 +36,7 @@ from sane_ray.pretraining.state import TrainingState
 from sane_ray.pretraining.step import Trainer
 from sane_ray.pretraining.stream import WindowReader, fixed_batches, plan_of_store, stream, windows_of_split
 from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store.reading import settings_of
 
 CHECKPOINT_FOLDER = "checkpoints"
 EVALUATION_FOLDER = "evaluations"

@@ -360,7 +360,7 @@ def layout(table: LayerTable) -> tuple[tuple[str, bool, bool], ...]:
 
 def embedded_as(index: Mapping[str, Any]) -> dict[str, Any]:
     """How a model has embedded networks, but for which model and networks; None for what embeddings do not say."""
-    precision = index.get("precision", index.get("settings", {}).get("precision"))
+    precision = index.get("settings", {}).get("precision")
     known = None if precision == "auto" else precision
     return {"window": index.get("window"), "halo": index.get("halo"), "precision": known}
 

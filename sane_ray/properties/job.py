@@ -6,9 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from sane_ray.cluster import default_storage, local_path
 from sane_ray.config import EmbedJob, PredictJob
 from sane_ray.embedding import Embeddings
@@ -16,7 +13,7 @@ from sane_ray.embedding.job import plan_of
 from sane_ray.embedding.writing import Plan, embed, is_complete
 from sane_ray.errors import InputError
 from sane_ray.properties.features import EmbeddingTables, Zoo, embedded_as
-from sane_ray.properties.prediction import TABLE_FILE, Prediction, check_output, identity, predict, read_results
+from sane_ray.properties.prediction import Prediction, check_output, identity, predict, read_results
 from sane_ray.properties.table import describe, results_table
 from sane_ray.shell import this_command
 from sane_ray.tokens.store import TokenStore
@@ -161,7 +158,7 @@ def report(results: dict[str, Any], prediction: Prediction, output: Path) -> Non
     from sane_ray.analysis.reports import write_prediction_report
 
     zoo = prediction.zoos[0]
-    rows = pq.read_table(output / TABLE_FILE).filter(pc.field("protocol") == "split").to_pylist()
+    rows = [row for row in results["rows"] if row["protocol"] == "split"]
     best = {target.name: best_row(rows, target.name) for target in prediction.targets}
     fits = {name: (row["features"], row["probe"]) for name, row in best.items() if row is not None}
     pictures = draw_predictions(output, output / PICTURES, layers_behind(prediction, fits))

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from sane_ray.properties.evaluation import Score, evaluate_categories, evaluate_
 from sane_ray.properties.features import PUBLISHED, FeatureSource, Unavailable, Zoo, embedded_as, parts
 from sane_ray.properties.probes import BlockRidge, Boosting, Fit, Logistic, Probe, PublishedRidge
 from sane_ray.properties.protocols import Part, Population
-from sane_ray.properties.table import shown
+from sane_ray.properties.table import LABELS, shown
 from sane_ray.properties.targets import Target, find_target
 from sane_ray.zoo.splits import SPLITS
 
@@ -39,7 +39,6 @@ _STAGED_FILE = f"{RESULTS_FILE}.partial"
 FORMAT, VERSION = "sane_ray properties", 2
 
 METRICS = ("r2", "tau", "mae", "accuracy")
-LABELS = {"r2": "R2", "tau": "tau", "accuracy": "accuracy"}
 
 FEW_MODELS = 20
 """A verdict on fewer test models says how few they are: their bootstrap is too sure."""
@@ -134,7 +133,7 @@ class Prediction:
             for judged in self.judged
             if judged.scores and (judged.row["target"], judged.row["protocol"]) == (target, "split")
         ]
-        return max(fitted, key=lambda j: -np.inf if j.row["validation"] is None else j.row["validation"], default=None)
+        return max(fitted, key=lambda judged: by_validation(judged.row), default=None)
 
     def build(self, features: str, probe: str) -> Callable[[dict[str, NDArray[Any]]], Probe]:
         """Makes the probe of a row of the results anew, of any features by block whose first rows are the population's.
@@ -308,6 +307,12 @@ class Prediction:
                 pair = fits[target, probe, features], fits[target, probe, "statistics"]
                 sentences.append(compare(*pair, self.config.metric))
         return [sentence for sentence in sentences if sentence]
+
+
+def by_validation(row: Mapping[str, Any]) -> float:
+    """Key by which a fit is chosen: how good it is on validation models; one that has none comes last."""
+    validation = row.get("validation")
+    return -np.inf if validation is None else float(validation)
 
 
 def compare(larger: Judged, smaller: Judged, metric: str = "r2") -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from sane_ray.config import PropertiesConfig
 from sane_ray.properties.features import Zoo
 
-_LABELS = {"r2": "R2", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
+LABELS = {"r2": "R2", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
 _NOTES = 12
 
 LEAST_SHOWN = -10.0
@@ -58,16 +58,16 @@ def describe(zoos: Sequence[Zoo], config: PropertiesConfig, output: Path, doubts
 
 
 def _own_split(target: str, rows: list[dict[str, Any]]) -> Iterator[str]:
-    fitted = [row for row in rows if _measured(row)]
+    fitted = [row for row in rows if measured(row)]
     if not fitted:
         yield f"\n{target}: {rows[0]['note'] if rows else 'nothing was fitted'}"
         return
-    metrics = [metric for metric in _LABELS if any(metric in row for row in fitted)]
-    lines = [("features", "probe", *(_LABELS[metric] for metric in metrics), "chosen")]
+    metrics = [metric for metric in LABELS if any(metric in row for row in fitted)]
+    lines = [("features", "probe", *(LABELS[metric] for metric in metrics), "chosen")]
     lines += [(row["features"], row["probe"], *(_cell(row, m) for m in metrics), row["choice"]) for row in fitted]
     yield f"\n{target} ({fitted[0]['n_train']:,} training, {fitted[0]['n_test']:,} test checkpoints)"
     yield from _aligned(lines)
-    missing = {row["features"]: row["note"] for row in rows if not _measured(row)}
+    missing = {row["features"]: row["note"] for row in rows if not measured(row)}
     yield from (f"  {features}: {note}" for features, note in missing.items())
 
 
@@ -85,8 +85,9 @@ def _other_parts(target: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         yield from _aligned(lines)
 
 
-def _measured(row: dict[str, Any]) -> bool:
-    return any(row.get(metric) is not None for metric in _LABELS)
+def measured(row: Mapping[str, Any]) -> bool:
+    """Whether a row has any score."""
+    return any(row.get(metric) is not None for metric in LABELS)
 
 
 def _cell(row: dict[str, Any], metric: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from sane_ray.tokens.layers import Layer, LayerTable
-from sane_ray.tokens.normalization import LayerStatistics, Normalization, fit
+from sane_ray.tokens.normalization import Normalization, fit
 from sane_ray.tokens.store import Architecture, TokenStore
 from sane_ray.tokens.store.layout import by_kind, of_kinds
 from sane_ray.tokens.store.reading import as_float32
@@ -104,7 +104,7 @@ def normalizations_of(first: TokenStore, other: TokenStore) -> dict[str, Normali
     known = {_layers(architecture.table): architecture.normalization for architecture in first.architectures.values()}
     mode = next(iter(first.architectures.values())).normalization.mode
     tables = {name: architecture.table for name, architecture in first.architectures.items()}
-    pooled = by_kind({name: _statistics(one.normalization) for name, one in first.architectures.items()}, tables)
+    pooled = by_kind({name: one.normalization.as_statistics() for name, one in first.architectures.items()}, tables)
     found = {}
     for name, architecture in other.architectures.items():
         wanted = known.get(_layers(architecture.table)) or fit(of_kinds(pooled, architecture.table), mode)
@@ -116,12 +116,6 @@ def normalizations_of(first: TokenStore, other: TokenStore) -> dict[str, Normali
 
 def _layers(table: LayerTable) -> tuple[tuple[str, tuple[int, ...], bool], ...]:
     return tuple((layer.kind, layer.shape, layer.bias_key is not None) for layer in table.layers)
-
-
-def _statistics(normalization: Normalization) -> LayerStatistics:
-    """Statistics that give a normalisation, whatever its mode."""
-    shift, scale = normalization.shift, normalization.scale
-    return LayerStatistics(1, shift, scale**2, scale, shift - scale, shift + scale)
 
 
 def _checkpoints(store: TokenStore) -> Iterator[tuple[int, Array]]:

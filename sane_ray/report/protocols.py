@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sane_ray.report.style import CYCLE, GREY, INK, SEQUENTIAL, headline, label_axes, new_figure, shorten, wrap
+from sane_ray.report.style import (
+    CYCLE,
+    GREY,
+    INK,
+    SEQUENTIAL,
+    headline,
+    label_axes,
+    new_figure,
+    new_grid,
+    shorten,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,10 +51,8 @@ def epochs_figure(rows: Sequence[Row]) -> Figure:
     targets = list(dict.fromkeys(row["target"] for row in shown))
     colours = _colours(shown)
     columns = min(2, max(1, len(targets)))
-    lines = max(1, -(-len(targets) // columns))
-    size = (0.8 + 4.6 * columns, 1.3 + 2.9 * lines)
-    figure, panels = new_figure(lines, columns, size, squeeze=False)
-    for axes, target in zip(panels.flat, targets, strict=False):
+    figure, panels = new_grid(len(targets), columns, (4.6, 2.9), (0.8, 1.3))
+    for axes, target in zip(panels, targets, strict=False):
         for features, style in colours.items():
             mine = [row for row in shown if (row["target"], row["features"]) == (target, features)]
             _line(axes, sorted((_epoch(row), row["r2"]) for row in mine), style)
@@ -51,9 +60,7 @@ def epochs_figure(rows: Sequence[Row]) -> Figure:
         axes.set_ylim(max(LEAST_SCORE, min(low, 0.9)) - 0.06, 1.04)
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=0.9)
         label_axes(axes, wrap(str(target), 36), ylabel="R²", xlabel="epoch that was left out")
-    for axes in list(panels.flat)[len(targets) :]:
-        axes.set_visible(False)
-    handles = [panels[0, 0].plot([], [], label=shorten(name, 34), **style)[0] for name, style in colours.items()]
+    handles = [panels[0].plot([], [], label=shorten(name, 34), **style)[0] for name, style in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=9)
     headline(figure, "Epochs that no training network was of (ridge)")
     return figure

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sane_ray.report.spectra import STATISTICS
 from sane_ray.report.style import (
     BLUE,
     CYCLE,
@@ -25,6 +26,7 @@ from sane_ray.report.style import (
     label_axes,
     log_scale,
     new_figure,
+    new_grid,
     short_names,
     shorten,
     wrap,
@@ -186,9 +188,8 @@ def map_figure(
     """
     names = ("", "") if explained is None else _components(explained)
     columns = 2 if len(colours) in (2, 4) else min(3, max(1, len(colours)))
-    rows = max(1, -(-len(colours) // columns))
-    figure, panels = new_figure(rows, columns, (1.2 + 4.1 * columns, 0.6 + 3.6 * rows), squeeze=False)
-    for axes, (name, values) in zip(panels.flat, colours.items(), strict=False):
+    figure, panels = new_grid(len(colours), columns, (4.1, 3.6), (1.2, 0.6))
+    for axes, (name, values) in zip(panels, colours.items(), strict=False):
         _trajectories(axes, points_R2, models)
         _coloured(figure, axes, points_R2, list(values))
         label_axes(axes, wrap(name, 32), xlabel=names[0], ylabel=names[1])
@@ -196,8 +197,6 @@ def map_figure(
             axes.legend(fontsize=8, frameon=False)
         if explained is None:
             axes.tick_params(labelbottom=False, labelleft=False, length=0)
-    for axes in list(panels.flat)[len(colours) :]:
-        axes.set_visible(False)
     if title or note:
         headline(figure, title, note)
     return figure
@@ -244,10 +243,8 @@ def predictions_figure(panels_of: Mapping[str, tuple[Array, Array]]) -> Figure:
     Args:
         panels_of: By title, truth and prediction, [n] each.
     """
-    columns = min(3, max(1, len(panels_of)))
-    rows = max(1, -(-len(panels_of) // columns))
-    figure, panels = new_figure(rows, columns, (0.8 + 3.8 * columns, 0.5 + 3.6 * rows), squeeze=False)
-    for axes, (title, (truth, prediction)) in zip(panels.flat, panels_of.items(), strict=False):
+    figure, panels = new_grid(len(panels_of), min(3, max(1, len(panels_of))), (3.8, 3.6), (0.8, 0.5))
+    for axes, (title, (truth, prediction)) in zip(panels, panels_of.items(), strict=False):
         low, high = float(min(truth.min(), prediction.min())), float(max(truth.max(), prediction.max()))
         axes.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle="--")
         if len(truth) > SCATTER_LIMIT:
@@ -255,8 +252,6 @@ def predictions_figure(panels_of: Mapping[str, tuple[Array, Array]]) -> Figure:
         else:
             axes.scatter(truth, prediction, s=12, color=BLUE, alpha=0.5, linewidths=0)
         label_axes(axes, wrap(title, 32), ylabel="predicted", xlabel="true")
-    for axes in list(panels.flat)[len(panels_of) :]:
-        axes.set_visible(False)
     return figure
 
 
@@ -294,7 +289,7 @@ def _unseen(bars: Sequence[Sequence[Any]], shown: int) -> str:
 
 def _colour(measure: str) -> str:
     """Blue for what embeddings say, orange for spectra of the weights."""
-    return BLUE if measure in ("spread", "norm", "error", "explained_variance") else ORANGE
+    return BLUE if measure in STATISTICS else ORANGE
 
 
 def _amounts(axes: Axes, name: str, depth: NDArray[np.int64], values_K: Array) -> None:

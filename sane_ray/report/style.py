@@ -56,6 +56,28 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return files
 
 
+def new_grid(
+    count: int, columns: int, panel: tuple[float, float], margin: tuple[float, float]
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels alike, line by line.
+
+    Args:
+        count: panels that are used; those that are left over in the last line are hidden.
+        columns: panels in a line.
+        panel: width and height of each, in inches.
+        margin: what the figure is wider and higher than its panels.
+
+    Returns:
+        The figure, and all panels, the used ones first.
+    """
+    lines = max(1, -(-count // columns))
+    size = (margin[0] + panel[0] * columns, margin[1] + panel[1] * lines)
+    figure, panels = new_figure(lines, columns, size, squeeze=False)
+    for axes in panels.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(panels.flat)
+
+
 def label_axes(axes: Axes, title: str, *, ylabel: str, xlabel: str = "", legend_columns: int = 1) -> None:
     """Title, names of the axes, grid and, where something has a label, the legend."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)

@@ -20,6 +20,7 @@ from sane_ray.report.style import (
     label_axes,
     log_scale,
     new_figure,
+    new_grid,
     save,
 )
 
@@ -139,12 +140,9 @@ def reconstruction_figure(
     if list(original) != list(reconstructed) or not original:
         raise ValueError(f"layers differ or are none: {list(original)} and {list(reconstructed)}")
     columns = min(4, math.ceil(math.sqrt(len(original))))
-    rows = math.ceil(len(original) / columns)
-    figure, grid = new_figure(rows, columns, (3.1 * columns + 0.6, 3.2 * rows + 0.7), squeeze=False)
-    for axes, name in zip(grid.flat, original, strict=False):
+    figure, panels = new_grid(len(original), columns, (3.1, 3.2), (0.6, 0.7))
+    for axes, name in zip(panels, original, strict=False):
         _weights(axes, name, np.asarray(original[name]).ravel(), np.asarray(reconstructed[name]).ravel())
-    for axes in grid.flat[len(original) :]:
-        axes.set_visible(False)
     figure.suptitle(title, color=INK, fontsize=13, fontweight="bold")
     figure.supxlabel("original weight", color=INK, fontsize=10)
     figure.supylabel("reconstructed weight", color=INK, fontsize=10)

@@ -195,6 +195,11 @@ class Normalization:
     shift: Array
     scale: Array
 
+    def as_statistics(self) -> LayerStatistics:
+        """Statistics of one model that ``fit`` makes this normalisation of, whatever its mode."""
+        shift, scale = self.shift, self.scale
+        return LayerStatistics(1, shift, scale**2, scale, shift - scale, shift + scale)
+
     @torch.no_grad()
     def normalize(
         self,

@@ -6,7 +6,7 @@ from torch import nn
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.config import AutoencoderConfig, TokensConfig
-from sane_ray.embedding.preprocessing import settings_of
+from sane_ray.tokens.store.reading import settings_of
 from sane_ray.tokens.store.writing import write_store
 from sane_ray.zoo.catalog import discover
 

@@ -8,10 +8,11 @@ import torch
 from embedding_networks import SIZE, first_architecture, known_network, make_model, make_store, other_network, write_zoo
 from safetensors.torch import save_file
 
-from sane_ray.embedding.preprocessing import Preprocessing, settings_of
+from sane_ray.embedding.preprocessing import Preprocessing
 from sane_ray.errors import InputError
 from sane_ray.pretraining.worker import preprocessing_of
 from sane_ray.tokens.normalization import Normalization
+from sane_ray.tokens.store.reading import settings_of
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,8 @@ def test_embeddings_made_in_another_way_are_refused(folder: Path, name: str, val
     zoos_of = [Zoo(place, None, Embeddings.open(folder / "embeddings")) for place in ("a", "b")]
     check_other(zoos_of)
     for zoo, value in zip(zoos_of, values, strict=True):
-        zoo.embeddings.index[name] = value
+        index = zoo.embeddings.index
+        (index.setdefault("settings", {}) if name == "precision" else index)[name] = value
     with pytest.raises(InputError, match=f"made with {name} {values[0]}, --other-embeddings with {name} {values[1]}"):
         check_other(zoos_of)
 

@@ -51,6 +51,9 @@ SEGMENTS_FILE = "segments.parquet"
 CATALOG_FILE = "catalog.parquet"
 ALIGNMENT_FILE = "alignment.parquet"
 
+SETTINGS = ("batch_norm", "parameters", "align")
+"""Options of preparation that a trained model carries beside its layer tables, and enforces."""
+
 RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -341,6 +344,12 @@ def file_digest(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settings_of(store: TokenStore) -> dict[str, str]:
+    """The options of ``SETTINGS`` that a store was prepared with."""
+    said = {"align": store.index["alignment"]["method"]} | store.index.get("inputs", {}).get("tokens", {})
+    return {name: said[name] for name in SETTINGS if name in said}
 
 
 def _known(split: str) -> str:
