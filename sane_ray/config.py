@@ -16,6 +16,16 @@ from typing import Literal, get_args
 from sane_ray.errors import InputError
 
 
+def _check_run_name(name: str) -> None:
+    """Raises ``InputError`` unless a folder may have the name."""
+    _check(
+        re.fullmatch(r"([A-Za-z0-9][\w.-]*)?", name) is not None,
+        "run_name",
+        name,
+        "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-' (it names a folder)",
+    )
+
+
 def _check(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raises ``InputError`` that quotes the dotted field, its value and what it must be."""
     if not condition:
@@ -575,12 +585,7 @@ class PretrainJob:
             self.pretraining.batch_size,
             f"must be at least cluster.num_workers = {self.cluster.max_workers}",
         )
-        _check(
-            re.fullmatch(r"([A-Za-z0-9][\w.-]*)?", self.run_name) is not None,
-            "run_name",
-            self.run_name,
-            "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-' (it names a folder)",
-        )
+        _check_run_name(self.run_name)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -745,12 +750,7 @@ class PredictJob:
     properties: PropertiesConfig = field(default_factory=PropertiesConfig)
 
     def __post_init__(self) -> None:
-        _check(
-            re.fullmatch(r"([A-Za-z0-9][\w.-]*)?", self.run_name) is not None,
-            "run_name",
-            self.run_name,
-            "must begin with a letter or digit and hold only letters, digits, '.', '_' and '-' (it names a folder)",
-        )
+        _check_run_name(self.run_name)
 
 
 def default_prediction() -> PredictJob:
@@ -789,6 +789,267 @@ PREDICTIONS: dict[str, Callable[[], PredictJob]] = {
     "small-cnn-zoo": small_cnn_zoo_prediction,
 }
 """Named configs of ``jobs/predict.py``, for ``--preset NAME``."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class FanOutConfig:
+    """Where independent pieces of work run: actors on Ray, each with one piece at a time."""
+
+    address: str = ""
+    """Ray address to join; empty joins RAY_ADDRESS if set (as in `ray job submit`), else starts Ray on this machine."""
+
+    actors: int = 0
+    """Actors at most; 0 is as many as the cluster's CPUs (or GPUs) have room for."""
+
+    cpus: float = 1.0
+    """CPUs that an actor reserves."""
+
+    gpus: float = 0.0
+    """GPUs that an actor reserves; a fraction such as 0.25 lets four share one."""
+
+    timeout: float = 3600.0
+    """Seconds that a piece of work may take before its actor is replaced; 0 is without limit."""
+
+    retries: int = 2
+    """Times that a piece of work is done again after its actor died or took too long."""
+
+    def __post_init__(self) -> None:
+        _check(self.actors >= 0, "fan_out.actors", self.actors, "must not be negative")
+        _check(self.cpus > 0, "fan_out.cpus", self.cpus, "must be positive")
+        _check(self.gpus >= 0, "fan_out.gpus", self.gpus, "must not be negative")
+        _check(self.timeout >= 0, "fan_out.timeout", self.timeout, "must not be negative")
+        _check(self.retries >= 0, "fan_out.retries", self.retries, "must not be negative")
+
+
+SAMPLING_METHODS = (
+    "scratch",
+    "anchors",
+    "reconstruction",
+    "sane_kde",
+    "sane_kde_token",
+    "sane_kde_dimension",
+    "sane_kde_published",
+    "sane_gaussian",
+    "sane_mixture",
+    "sane_interpolation",
+    "sane_random",
+    "noise",
+    "average",
+    "interpolation",
+)
+"""Where weights come from; `sane_...` and `reconstruction` pass through the embeddings of a trained SANE."""
+
+SELECTIONS = ("best", "bootstrap")
+
+
+@dataclass(kw_only=True, frozen=True)
+class SamplingConfig:
+    """Which networks new weights are drawn from, how, and which of the draws are kept."""
+
+    anchors: Literal["best", "all"] = "best"
+    """Training networks that the densities are fitted to: the best by a property, or all (also `where`)."""
+
+    best_by: str = "val_acc"
+    """Property that decides which networks are best; one with `loss` in its name is better when lower."""
+
+    best_fraction: float = 0.3
+    """Fraction of the training networks that are best."""
+
+    anchor_epochs: Literal["last", "all"] = "last"
+    """Whether each network's last checkpoint is an anchor, or any of its checkpoints."""
+
+    where: str = ""
+    """Condition on the anchors, such as `nlin == "gelu" and lr < 0.01`; see jobs/prepare.py --tokens.where."""
+
+    checkpoints: list[str] = field(default_factory=list)
+    """Anchors by name instead: ids of checkpoints in the store, or paths of their files."""
+
+    align: bool = True
+    """Permute each anchor to match the best one (Git Re-Basin) before it is embedded, averaged or compared."""
+
+    methods: list[str] = field(
+        default_factory=lambda: [
+            "scratch",
+            "anchors",
+            "reconstruction",
+            "sane_kde",
+            "sane_kde:best",
+            "sane_kde:bootstrap",
+            "sane_kde_published:best",
+            "sane_interpolation:best",
+            "noise",
+            "noise:best",
+            "noise:bootstrap",
+            "average:best",
+            "interpolation:best",
+        ]
+    )
+    """What is compared. From SANE's embeddings: `sane_kde` (one anchor a network and independent noise),
+    `sane_kde_token` and `sane_kde_dimension` (a density for each token or value), `sane_kde_published` (bandwidth 0.2
+    and one seed for all tokens, as published), `sane_gaussian`, `sane_mixture`, `sane_interpolation`, `sane_random`.
+    Without SANE: `scratch`, `anchors`, `noise` (added to anchors, as far as `sane_kde` is from them), `average`,
+    `interpolation`. With `:best` the best of many draws on validation images (the published SUB), with `:bootstrap` the
+    best become the anchors of the next round (BOOT)."""
+
+    repetitions: int = 5
+    """Networks kept of each method."""
+
+    candidates: int = 50
+    """Networks drawn of each method, in each round of a bootstrap."""
+
+    rounds: int = 3
+    """Rounds of a bootstrap."""
+
+    bandwidth: float = 0.0
+    """Of `sane_kde...`, in units of the embedding; 0 takes the largest of `bandwidths` that is within a standard error
+    of the best on validation images."""
+
+    bandwidths: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.3, 0.5, 0.8])
+    """Bandwidths that are tried, and drawn against novelty, in units of the spread of the anchors' embeddings."""
+
+    noises: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0])
+    """Noise that accuracy is drawn against novelty for, in units of the spread of each layer's weights."""
+
+    fractions: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5])
+    """Fractions of the way from an anchor to another that accuracy is drawn against novelty for."""
+
+    largest_weight: float = 1e4
+    """A sample with a larger weight has exploded: it is counted, and left out."""
+
+    window: int = 0
+    """Tokens of content in a window that is encoded or decoded; 0 takes what is left of the training window."""
+
+    halo: int = 0
+    """Tokens on each side that a window also sees."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of SANE's matrix products."""
+
+    batch_norm_images: int = 2000
+    """Images from which running statistics of batch norms are estimated anew after decoding; 0 keeps the decoded."""
+
+    seed: int = 0
+    """Of all draws."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.best_fraction <= 1, "sampling.best_fraction", self.best_fraction, "must lie in (0, 1]")
+        _check(len(self.methods) > 0, "sampling.methods", self.methods, "must name at least one")
+        _check(len(set(self.methods)) == len(self.methods), "sampling.methods", self.methods, "names one twice")
+        for method in self.methods:
+            source, _, selection = method.partition(":")
+            _check(
+                source in SAMPLING_METHODS, "sampling.methods", method, f"must be one of {', '.join(SAMPLING_METHODS)}"
+            )
+            _check(
+                ":" not in method or selection in SELECTIONS,
+                "sampling.methods",
+                method,
+                "only `:best` and `:bootstrap` may follow a method",
+            )
+        for name in ("repetitions", "candidates", "rounds"):
+            _check(getattr(self, name) >= 1, f"sampling.{name}", getattr(self, name), "must be at least 1")
+        _check(
+            self.candidates >= self.repetitions,
+            "sampling.candidates",
+            self.candidates,
+            f"must not be fewer than sampling.repetitions ({self.repetitions})",
+        )
+        _check(self.bandwidth >= 0, "sampling.bandwidth", self.bandwidth, "must not be negative")
+        for name in ("bandwidths", "noises", "fractions"):
+            values = getattr(self, name)
+            rising = len(values) > 0 and values == sorted(set(values)) and values[0] > 0
+            _check(rising, f"sampling.{name}", values, "must be positive and increasing")
+        _check(self.fractions[-1] <= 1, "sampling.fractions", self.fractions, "must not be greater than 1")
+        _check(self.largest_weight > 0, "sampling.largest_weight", self.largest_weight, "must be positive")
+        _check(self.window >= 0, "sampling.window", self.window, "must not be negative")
+        _check(self.halo >= 0, "sampling.halo", self.halo, "must not be negative")
+        _check(
+            self.batch_norm_images >= 0, "sampling.batch_norm_images", self.batch_norm_images, "must not be negative"
+        )
+
+
+@dataclass(kw_only=True, frozen=True)
+class SampleJob:
+    """Draw new networks from a pretrained SANE, select them on validation images, and audit their novelty."""
+
+    model: str = ""
+    """Trained model: its folder, or that of the run that made it."""
+
+    store: str = ""
+    """Token store of the networks to draw from; empty is the one that the model was trained on."""
+
+    images: str = ""
+    """Images that the new networks are for: `digits`, `mnist5k`, or a path to .npz or .parquet; empty is those of the
+    zoo. The last layer begins anew where the classes differ."""
+
+    target: str = ""
+    """Architecture of the new networks, such as `digits_cnn_wide`; empty is that of the anchors."""
+
+    output: str = ""
+    """Folder of the samples; empty is `<storage>/samples/<run_name>`."""
+
+    storage: str = ""
+    """Root of all results, shared by all nodes; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
+
+    run_name: str = ""
+    """Name of the run; empty names it by the store, the images and the config."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    fan_out: FanOutConfig = field(default_factory=FanOutConfig)
+
+    def __post_init__(self) -> None:
+        _check_run_name(self.run_name)
+
+
+@dataclass(kw_only=True, frozen=True)
+class FinetuningConfig:
+    """How generated networks are trained on."""
+
+    epochs: int = 25
+    """Epochs of training, with the optimiser settings of the best anchor; accuracy is measured after each."""
+
+    table_epochs: list[int] = field(default_factory=lambda: [0, 1, 5, 10, 25])
+    """Epochs in the table, and those at which ensembles are measured; ones after the last are left out."""
+
+    networks_at_once: int = 8
+    """Networks trained side by side in one actor."""
+
+    seed: int = 0
+    """Of the order of the images and of dropout: repetition i of every method has the same."""
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 0, "finetuning.epochs", self.epochs, "must not be negative")
+        epochs = self.table_epochs
+        rising = len(epochs) > 0 and epochs == sorted(set(epochs)) and epochs[0] >= 0
+        _check(rising, "finetuning.table_epochs", epochs, "must be increasing epochs, for example [0, 1, 5]")
+        _check(self.networks_at_once >= 1, "finetuning.networks_at_once", self.networks_at_once, "must be at least 1")
+        _check(self.seed >= 0, "finetuning.seed", self.seed, "must not be negative")
+
+
+@dataclass(kw_only=True, frozen=True)
+class FinetuneJob:
+    """Fine-tune sampled networks and their baselines, and compare their accuracy epoch by epoch."""
+
+    samples: str = ""
+    """Folder that jobs/sample.py wrote."""
+
+    images: str = ""
+    """Images to train on, where they are a file that has moved since; empty is those that were sampled for."""
+
+    output: str = ""
+    """Folder of the results; empty is `<storage>/finetuning/<run_name>`."""
+
+    storage: str = ""
+    """Root of all results, shared by all nodes; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
+
+    run_name: str = ""
+    """Name of the run; empty names it by the samples and the config."""
+
+    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
+    fan_out: FanOutConfig = field(default_factory=FanOutConfig)
+
+    def __post_init__(self) -> None:
+        _check_run_name(self.run_name)
 
 
 def digits() -> PretrainJob:

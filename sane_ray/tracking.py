@@ -55,6 +55,9 @@ FIRST_WAIT, LONGEST_WAIT, WAIT_RATIO = 5.0, 60.0, 50.0
 """Seconds between tries in an outage: doubling from the first to the longest, and at least 50 times what a try took, so
 that a server which hangs costs a training 2 % of its time."""
 
+PARENT_TAG = "mlflow.parentRunId"
+"""MLflow's own: shows a run as nested in another."""
+
 IDENTITY_TAG = "sane_ray.identity"
 STEP_TAG = "sane_ray.last_step"
 
@@ -318,11 +321,23 @@ class Tracker:
 
 @contextmanager
 def tracked(
-    *, uri: str, experiment: str, run_name: str, identity: str, params: Mapping[str, object], folder: Path
+    *,
+    uri: str,
+    experiment: str,
+    run_name: str,
+    identity: str,
+    params: Mapping[str, object],
+    folder: Path,
+    parent: Tracker | None = None,
 ) -> Iterator[Tracker]:
-    """An MLflow run for the block's duration, ended as what really happened: ``Tracker.start`` has the arguments."""
+    """An MLflow run for the block's duration, ended as what really happened: ``Tracker.start`` has the arguments.
+
+    It is nested in the run of ``parent``, if that is known by now: while the server is away it is not, and the run
+    stands by itself.
+    """
+    tags = {PARENT_TAG: parent.run_id} if parent is not None and parent.run_id else {}
     tracker = Tracker.start(
-        uri=uri, experiment=experiment, run_name=run_name, identity=identity, params=params, folder=folder
+        uri=uri, experiment=experiment, run_name=run_name, identity=identity, params=params, folder=folder, tags=tags
     )
     try:
         yield tracker

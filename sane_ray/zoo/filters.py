@@ -58,12 +58,15 @@ _LONGEST = 40  # characters of a value in a reason
 _ALLOWED = "names, numbers, text, comparisons, in, and, or, not, + - * /, quantile, median, missing, isnan and matches"
 
 
-def select(records: Sequence[Record], where: str) -> tuple[list[Record], list[tuple[Record, str]]]:
+def select(
+    records: Sequence[Record], where: str, field: str = "tokens.where"
+) -> tuple[list[Record], list[tuple[Record, str]]]:
     """Divides records into those that meet a condition and those that do not.
 
     Args:
         records: A zoo's checkpoints; quantiles are over all of them.
         where: The condition, as this module's first lines say; empty takes all.
+        field: The config field that it is the value of, for what is said of it.
 
     Returns:
         The records that meet it, and the others, each with the reason; both in the given order.
@@ -77,7 +80,7 @@ def select(records: Sequence[Record], where: str) -> tuple[list[Record], list[tu
     try:
         reasons = _Condition(records, text).reasons(_parse(text))
     except InputError as error:
-        raise InputError(f"config field tokens.where is {text!r}: {error}") from error
+        raise InputError(f"config field {field} is {text!r}: {error}") from error
     kept = [record for record, reason in zip(records, reasons, strict=True) if reason is None]
     return kept, [(record, reason) for record, reason in zip(records, reasons, strict=True) if reason is not None]
 

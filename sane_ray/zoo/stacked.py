@@ -62,6 +62,8 @@ class Trained:
     """State dict by epoch."""
     results: list[Metrics]
     """One row an epoch, from epoch 0: {train,val,test}_{loss,acc}, all measured after the epoch without dropout."""
+    logits: dict[int, np.ndarray]
+    """By checkpoint epoch, where asked for: float32 [test images, classes]."""
 
 
 def stack_key(params: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -71,22 +73,31 @@ def stack_key(params: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def train_stack(
-    models: Sequence[Mapping[str, Any]], images: ImageData, checkpoint_epochs: Sequence[int]
+    models: Sequence[Mapping[str, Any]],
+    images: ImageData,
+    checkpoint_epochs: Sequence[int],
+    *,
+    weights: Sequence[Mapping[str, Tensor]] | None = None,
+    keep_logits: bool = False,
 ) -> list[Trained]:
     """Trains networks side by side with cross-entropy, each with its own seed, optimiser and regularisation.
 
     Args:
         models: params of each network; all of one ``stack_key``.
         images: what to train on and to measure with.
-        checkpoint_epochs: epochs at which weights are kept; 0 is the initialisation.
+        checkpoint_epochs: epochs at which weights are kept; 0 is before training.
+        weights: a state dict for each network to begin with; without, each begins as its params initialise it.
+        keep_logits: also keep what each network answers to the test images at these epochs.
 
     Returns:
         The networks' histories, in the order given.
     """
     if len({stack_key(params) for params in models}) != 1:
         raise ValueError("networks of one stack must share their stack_key")
+    if weights is None:
+        weights = [from_params(params).state_dict() for params in models]
     with _one_thread():
-        return _train_stack(models, images, checkpoint_epochs)
+        return _train_stack(models, weights, images, checkpoint_epochs, keep_logits)
 
 
 @contextmanager
@@ -100,22 +111,27 @@ def _one_thread() -> Iterator[None]:
 
 
 def _train_stack(
-    models: Sequence[Mapping[str, Any]], images: ImageData, checkpoint_epochs: Sequence[int]
+    models: Sequence[Mapping[str, Any]],
+    weights: Sequence[Mapping[str, Tensor]],
+    images: ImageData,
+    checkpoint_epochs: Sequence[int],
+    keep_logits: bool,
 ) -> list[Trained]:
-    stack = _Stack(models)
-    trainer = _Trainer(models, stack, images)
+    stack = _Stack(models, weights)
+    trainer = _Trainer(models, stack, images) if max(checkpoint_epochs) else None
     evaluator = _Evaluator(stack, images)
-    checkpoints: list[dict[int, dict[str, Tensor]]] = [{} for _ in models]
-    results: list[list[Metrics]] = [[] for _ in models]
+    histories = [Trained(params, {}, [], {}) for params in models]
     for epoch in range(max(checkpoint_epochs) + 1):
-        if epoch > 0:
+        if epoch > 0 and trainer is not None:
             trainer.train_epoch()
-        for rows, metrics in zip(results, evaluator.evaluate(), strict=True):
-            rows.append(metrics)
-        if epoch in checkpoint_epochs:
-            for index, kept in enumerate(checkpoints):
-                kept[epoch] = stack.state_dict(index)
-    return [Trained(*history) for history in zip(models, checkpoints, results, strict=True)]
+        metrics, logits_MNK = evaluator.evaluate()
+        for index, history in enumerate(histories):
+            history.results.append(metrics[index])
+            if epoch in checkpoint_epochs:
+                history.checkpoints[epoch] = stack.state_dict(index)
+                if keep_logits:
+                    history.logits[epoch] = logits_MNK[index][images.rows["test"]]
+    return histories
 
 
 class _Stack:
@@ -124,8 +140,7 @@ class _Stack:
     Row m of ``values`` is network m. Each parameter has a padded slot in it; ``views`` are the slots as [M, *shape].
     """
 
-    def __init__(self, models: Sequence[Mapping[str, Any]]) -> None:
-        states = [from_params(params).state_dict() for params in models]
+    def __init__(self, models: Sequence[Mapping[str, Any]], states: Sequence[Mapping[str, Tensor]]) -> None:
         self.layers = described(models[0]).layers
         self.activation = activation_of(models[0])
         self.shapes = {key: tuple(value.shape) for key, value in states[0].items()}
@@ -133,8 +148,8 @@ class _Stack:
         self._starts = [sum(slots[:index]) for index in range(len(slots))]
         self.values = torch.zeros(len(models), sum(slots))
         for index, state in enumerate(states):
-            for view, value in zip(self.views_of(self.values), state.values(), strict=True):
-                view[index] = value
+            for key, view in zip(self.shapes, self.views_of(self.values), strict=True):
+                view[index] = state[key]
         self.views = [view.requires_grad_() for view in self.views_of(self.values)]
 
     def views_of(self, matrix_MS: Tensor) -> list[Tensor]:
@@ -228,16 +243,18 @@ class _Evaluator:
         ]
 
     @torch.no_grad()
-    def evaluate(self) -> list[Metrics]:
-        """Each network's mean loss and accuracy on each split, without dropout."""
-        losses, hits = [], []
+    def evaluate(self) -> tuple[list[Metrics], np.ndarray]:
+        """Each network's mean loss and accuracy on each split, without dropout; and logits, [M, images, classes]."""
+        losses, hits, answers = [], [], []
         for images_1CHWB, labels_MB in self.batches:
             logits_MKB = self.stack.forward(images_1CHWB, lambda x: x)
             losses.append(functional.cross_entropy(logits_MKB, labels_MB, reduction="none"))
             hits.append(logits_MKB.argmax(1) == labels_MB)
+            answers.append(logits_MKB)
         loss_MN = torch.cat(losses, 1)[:, : self.count].double().numpy()
         hit_MN = torch.cat(hits, 1)[:, : self.count].numpy()
-        return [self._means(loss_N, hit_N) for loss_N, hit_N in zip(loss_MN, hit_MN, strict=True)]
+        logits_MNK = torch.cat(answers, 2)[:, :, : self.count].mT.numpy()
+        return [self._means(loss_N, hit_N) for loss_N, hit_N in zip(loss_MN, hit_MN, strict=True)], logits_MNK
 
     def _means(self, loss_N: np.ndarray, hit_N: np.ndarray) -> Metrics:
         metrics: Metrics = {}

@@ -1,0 +1,130 @@
+"""Many pieces of work: what is recorded is not done again, what is little is done here, the rest by actors on Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sane_ray.cluster import connect
+from sane_ray.config import ClusterConfig, FanOutConfig
+from sane_ray.errors import InputError
+from sane_ray.finetuning.evaluation import Evaluation, Histories, Piece
+from sane_ray.finetuning.executor import execute
+from sane_ray.finetuning.records import Records
+from sane_ray.zoo.images import ImageData
+
+SMALL_WORK = 2e10
+"""Weights times images times passes that this process does in less time than Ray takes to start."""
+
+_PASSES = 3  # of a training step, in units of a forward pass
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A piece that could not be done."""
+
+    reason: str
+
+
+class Measuring:
+    """Trains and measures pieces on one set of images; leaves Ray at the end of its block, if it has joined it.
+
+    Args:
+        images: what to train on and to measure with.
+        epochs: epochs of training; 0 only measures.
+        answered: epochs at which the answers to the test images are kept.
+        folder: where histories are kept.
+        config: of the actors.
+        what: the verb of the progress bar.
+    """
+
+    def __init__(
+        self,
+        images: ImageData,
+        epochs: int,
+        answered: Sequence[int],
+        folder: Path,
+        config: FanOutConfig,
+        what: str = "evaluate",
+    ) -> None:
+        self.images, self.epochs, self.answered, self.config, self.what = images, epochs, list(answered), config, what
+        self.records = Records(folder, images.fingerprint, epochs, self.answered)
+        self._connection = contextlib.ExitStack()
+
+    def __enter__(self) -> Measuring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def __call__(self, pieces: Sequence[Piece]) -> list[Histories | Failed]:
+        """The histories of pieces, in their order; each new one is on disk before the next is waited for."""
+        keys = [self.records.key(piece) for piece in pieces]
+        found: dict[str, Histories | Failed] = {}
+        for key in keys:
+            if (kept := self.records.load(key)) is not None:
+                found[key] = kept
+        missing = {key: piece for key, piece in zip(keys, pieces, strict=True) if key not in found}
+        for key, result in self._done(missing):
+            if isinstance(result, Histories):
+                self.records.keep(key, result)
+            found[key] = result
+        return [found[key] for key in keys]
+
+    def _done(self, missing: dict[str, Piece]) -> Iterator[tuple[str, Histories | Failed]]:
+        if not missing:
+            return
+        if self._is_small(missing.values()):
+            evaluation = Evaluation(self.images, self.epochs, self.answered)
+            for key, piece in missing.items():
+                yield key, evaluation(piece)
+            return
+        yield from self._on_ray(missing)
+
+    def _is_small(self, pieces: Iterable[Piece]) -> bool:
+        passes = 1 + self.epochs * (1 + _PASSES)
+        work = sum(_weights(piece) for piece in pieces) * len(self.images.labels_N) * passes
+        return work <= SMALL_WORK and not self.config.gpus and self.config.actors < 2
+
+    def _on_ray(self, missing: dict[str, Piece]) -> Iterator[tuple[str, Histories | Failed]]:
+        self._connection.enter_context(connect(ClusterConfig(address=self.config.address)))  # once: then it is nothing
+        outcomes = execute(
+            Evaluation,
+            missing.items(),
+            arguments=[self.images, self.epochs, self.answered],
+            actors=self.config.actors,
+            num_cpus=self.config.cpus,
+            num_gpus=self.config.gpus,
+            timeout=self.config.timeout,
+            retries=self.config.retries,
+            what=self.what,
+            unit="piece",
+            total=len(missing),
+        )
+        with contextlib.closing(outcomes):
+            for outcome in outcomes:
+                value: Any = outcome.value
+                yield outcome.key, Failed(outcome.error or "") if value is None else value
+
+
+def _weights(piece: Piece) -> float:
+    """Weights of all networks of a piece; of those that are still to be initialised, as of a small network."""
+    if piece.weights is None:
+        return 1e4 * len(piece.params)
+    return float(sum(math.prod(value.shape) for value in piece.weights.values()))
+
+
+def succeeded(results: Sequence[Histories | Failed]) -> list[Histories]:
+    """The histories, where all must be there.
+
+    Raises:
+        InputError: one is not.
+    """
+    for result in results:
+        if isinstance(result, Failed):
+            raise InputError(f"networks could not be measured: {result.reason}")
+    return [result for result in results if isinstance(result, Histories)]

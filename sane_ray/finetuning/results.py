@@ -1,0 +1,150 @@
+"""What fine-tuning came to: rows by network and epoch, the table of methods, ensembles, and sentences about it.
+
+Reads histories, never trains. Deviations are those of the networks of a method (ddof 0, as published); intervals are
+95 % of a bootstrap over them.
+
+Shape suffixes: R networks of a method, E epochs, I test images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sane_ray.finetuning.evaluation import METRICS, Histories, ensemble_accuracy
+
+DRAWS = 2000
+"""Of a bootstrap."""
+
+FEWEST = 5
+"""With fewer networks of a method nothing is claimed of it."""
+
+_TEST = METRICS.index("test_acc")
+
+
+@dataclass(frozen=True)
+class Method:
+    """The networks of one method."""
+
+    name: str
+    repetitions: list[int]
+    metrics_REM: NDArray[np.float64]
+    logits_RTIC: NDArray[np.float16]
+
+    @property
+    def test_RE(self) -> NDArray[np.float64]:
+        """Accuracy on test images, by epoch."""
+        return self.metrics_REM[:, :, _TEST]
+
+
+def methods_of(rows: Sequence[Mapping[str, Any]], histories: Mapping[tuple[str, int], Histories]) -> list[Method]:
+    """Histories by method, each of one network; those that are missing are left out.
+
+    Args:
+        rows: of samples.parquet: ``method`` and ``repetition``.
+        histories: by method and repetition.
+    """
+    found = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        repetitions = [
+            row["repetition"] for row in rows if row["method"] == name and (name, row["repetition"]) in histories
+        ]
+        if repetitions:
+            mine = [histories[name, repetition] for repetition in repetitions]
+            metrics = np.concatenate([one.metrics_REM for one in mine])
+            found.append(Method(name, repetitions, metrics, np.concatenate([one.logits_RTIC for one in mine])))
+    return found
+
+
+def rows_of(methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
+    """One row a network and epoch."""
+    for method in methods:
+        for place, repetition in enumerate(method.repetitions):
+            for epoch, values in enumerate(method.metrics_REM[place]):
+                named = dict(zip(METRICS, values.tolist(), strict=True))
+                yield {"method": method.name, "repetition": repetition, "epoch": epoch, **named}
+
+
+def table_of(methods: Sequence[Method], epochs: Sequence[int], labels_I: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """One row a method and epoch: mean, deviation and interval of test accuracy, and that of ensembles.
+
+    Args:
+        methods: with answers kept at the epochs.
+        epochs: of the table, those that answers were kept at.
+        labels_I: classes of the test images.
+    """
+    table = []
+    for method in methods:
+        for place, epoch in enumerate(epochs):
+            accuracy_R = method.test_RE[:, epoch]
+            low, high = interval_of_mean(accuracy_R)
+            logits, probabilities = ensemble_accuracy(method.logits_RTIC[:, place], labels_I)
+            table.append(
+                {
+                    "method": method.name,
+                    "epoch": epoch,
+                    "networks": len(accuracy_R),
+                    "mean": float(accuracy_R.mean()),
+                    "std": float(accuracy_R.std()),
+                    "low": low,
+                    "high": high,
+                    "ensemble_logits": logits,
+                    "ensemble_probabilities": probabilities,
+                }
+            )
+    return table
+
+
+def interval_of_mean(values_R: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % of a bootstrap of the mean."""
+    draws = np.random.default_rng(0).integers(len(values_R), size=(DRAWS, len(values_R)))
+    low, high = np.percentile(values_R[draws].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def difference(first_R: NDArray[np.float64], second_R: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Difference of two means and 95 % of its bootstrap, each sample drawn by itself."""
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=(DRAWS, len(values)))].mean(1) for values in (first_R, second_R)]
+    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
+    return float(first_R.mean() - second_R.mean()), float(low), float(high)
+
+
+def verdict(methods: Sequence[Method], epochs: Sequence[int]) -> list[str]:
+    """Sentences: each method against training from scratch, and the best of SANE against the best without it."""
+    by_name = {method.name: method for method in methods}
+    said = []
+    scratch = by_name.get("scratch")
+    if scratch is not None:
+        said += [_against(method, scratch, epochs) for method in methods if method.name.startswith("sane_")]
+    ours = [method for method in methods if method.name.startswith(("sane_", "reconstruction"))]
+    others = [method for method in methods if method not in ours and method.name not in ("scratch", "anchors")]
+    if ours and others:
+        best, rival = max(ours, key=_early), max(others, key=_early)
+        said.append(_against(best, rival, epochs))
+    if ours and "anchors" in by_name:
+        said.append(_against(max(ours, key=_early), by_name["anchors"], epochs))
+    return said
+
+
+def _early(method: Method) -> float:
+    return float(method.test_RE[:, :2].mean())
+
+
+def _against(one: Method, other: Method, epochs: Sequence[int]) -> str:
+    if min(len(one.repetitions), len(other.repetitions)) < FEWEST:
+        fewest = min((one, other), key=lambda method: len(method.repetitions))
+        return (
+            f"{one.name} against {other.name}: {len(fewest.repetitions)} networks of {fewest.name} are too few to tell "
+            f"them apart (--sampling.repetitions {FEWEST} or more)"
+        )
+    parts = []
+    for epoch in epochs:
+        gap, low, high = difference(one.test_RE[:, epoch], other.test_RE[:, epoch])
+        word = "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
+        parts.append(f"epoch {epoch} {word} ({100 * gap:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}])")
+    return f"{one.name} against {other.name}: {'; '.join(parts)}"

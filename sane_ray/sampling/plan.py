@@ -1,0 +1,191 @@
+"""What will be sampled, decided before anything starts: model, anchors, images, target, and where the results go.
+
+Reads indices, images and the model's config, never weights of the zoo. Never imports Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sane_ray.autoencoder.model import SANE
+from sane_ray.cluster import default_storage, local_path
+from sane_ray.config import SampleJob, SamplingConfig, to_dict
+from sane_ray.embedding.job import model_folder
+from sane_ray.embedding.preprocessing import Preprocessing
+from sane_ray.embedding.writing import model_fingerprint
+from sane_ray.errors import InputError
+from sane_ray.sampling.anchors import Anchors, choose
+from sane_ray.sampling.targets import Target
+from sane_ray.tokens.store import TokenStore
+from sane_ray.tokens.store.reading import json_digest
+from sane_ray.zoo.architectures import architecture_for, from_params, image_shape_of, parameter_shapes
+from sane_ray.zoo.images import ImageData, load_images
+
+VERSION = 1
+
+_SELECTING = "is the best of many draws on validation images"
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """Everything that sampling needs to begin."""
+
+    model: Path
+    anchors: Anchors
+    images: ImageData | None
+    """None where networks of this kind cannot be run here."""
+    images_path: str
+    """What was named for them, if it was a file."""
+    why_no_images: str
+    recipe: dict[str, Any]
+    """Params of the networks that come out: architecture, classes, and how the best anchor was trained."""
+    target: Target | None
+    """How weights of the anchors' architecture become those of another; None for the same."""
+    output: Path
+    name: str
+    config: SamplingConfig
+    identity: dict[str, Any]
+    """All that decides what comes out."""
+
+    @property
+    def digest(self) -> str:
+        """Of the identity, 8 hex digits."""
+        return json_digest(self.identity)[:8]
+
+
+def plan_of(job: SampleJob) -> SamplePlan:
+    """Decides everything.
+
+    Raises:
+        InputError: something is missing or does not fit; names the flag and the remedy.
+    """
+    if not job.model:
+        raise InputError("no model is named: --model RUN, such as results/runs/<run>")
+    if not job.store:
+        raise InputError("no token store is named: --store STORE, the one of the networks to draw from")
+    storage = default_storage(job.storage)
+    model_path = model_folder(local_path(job.model, "model"))
+    store = TokenStore.open(local_path(job.store, "store"))
+    anchors = choose(store, job.sampling)
+    Preprocessing(SANE.from_pretrained(model_path)).of_store(anchors.architecture)
+    images, why = _images(job, anchors.params)
+    _check_measurable(job.sampling, why)
+    recipe = _recipe(job, anchors, images)
+    target = _target(anchors, recipe) if images is not None else None
+    identity = {
+        "version": VERSION,
+        "model": model_fingerprint(model_path),
+        "store": store.fingerprint,
+        "anchors": anchors.ids,
+        "images": images.fingerprint if images is not None else "",
+        "recipe": recipe,
+        "settings": to_dict(job.sampling),
+    }
+    name = job.run_name or f"{store.path.name}-{json_digest(identity)[:8]}"
+    output = local_path(job.output, "output") if job.output else storage / "samples" / name
+    named = job.images if job.images.endswith((".npz", ".parquet")) else ""
+    path = str(Path(named).expanduser().absolute()) if named else ""
+    return SamplePlan(model_path, anchors, images, path, why, recipe, target, output, name, job.sampling, identity)
+
+
+def _images(job: SampleJob, params: Mapping[str, Any]) -> tuple[ImageData | None, str]:
+    """The images, or why there are none."""
+    try:
+        from_params({**params, "seed": 0, "model::init_type": "uniform", "model::dropout": 0.0})
+    except InputError as error:
+        if job.images or job.target:
+            raise InputError(f"--images and --target need networks that can be run here, but {error}") from error
+        return None, str(error)
+    seed = int(params.get("dataset::seed", 0))
+    name = job.images or str(params.get("dataset::name", ""))
+    if not name:
+        return None, "the store does not say which images its networks were trained on: name them with --images"
+    try:
+        images = load_images(name, seed=seed)
+    except InputError as error:
+        if job.images:
+            raise
+        return None, f"{error}; or name the file with --images"
+    if not job.images and images.fingerprint != params.get("dataset::fingerprint", images.fingerprint):
+        raise InputError(
+            f"images {name!r} are not those that the networks of the store were trained on (fingerprint "
+            f"{images.fingerprint} instead of {params['dataset::fingerprint']}): name the right ones with --images"
+        )
+    return images, ""
+
+
+def _check_measurable(config: SamplingConfig, why: str) -> None:
+    """Raises ``InputError`` if a method selects on images and there are none."""
+    selecting = [method for method in config.methods if ":" in method]
+    if why and selecting:
+        plain = [method for method in config.methods if ":" not in method and method != "scratch"]
+        raise InputError(
+            f"config field sampling.methods has {selecting[0]!r}, which {_SELECTING}, and networks cannot be measured: "
+            f"{why}. Without images choose methods without a selection: --sampling.methods '[{', '.join(plain)}]'"
+        )
+
+
+def _recipe(job: SampleJob, anchors: Anchors, images: ImageData | None) -> dict[str, Any]:
+    """Params of the networks that come out."""
+    recipe = dict(anchors.params)
+    if images is None:
+        return recipe
+    _, height, width = shape = images.shape
+    if shape != image_shape_of(recipe):
+        raise InputError(
+            f"--images {images.name} have shape {list(shape)}, but the networks of {anchors.store.path} take "
+            f"{list(image_shape_of(recipe))}: resize the images (an .npz of images and labels), or name others"
+        )
+    if job.target:
+        architecture = architecture_for(job.target, shape)
+        recipe["model::type"] = architecture.published_name
+    return recipe | {
+        "model::channels_in": shape[0],
+        "model::image_height": height,
+        "model::image_width": width,
+        "model::o_dim": images.classes,
+        "dataset::name": images.name,
+        "dataset::fingerprint": images.fingerprint,
+    }
+
+
+def _target(anchors: Anchors, recipe: Mapping[str, Any]) -> Target | None:
+    """How weights of the anchors become those of the recipe's architecture; None if they have its shapes."""
+    source, wanted = shapes_of(anchors.params), shapes_of(recipe)
+    return None if source == wanted else Target(source, wanted)
+
+
+def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the network that params describe."""
+    from sane_ray.zoo.architectures import described
+
+    return parameter_shapes(described(params), image_shape_of(params), int(params["model::o_dim"]))
+
+
+def describe(plan: SamplePlan) -> str:
+    """The plan in a few lines."""
+    config, images = plan.config, plan.images
+    shown = (
+        f"{images.name}: {'x'.join(map(str, images.shape))}, {images.classes} classes"
+        if images is not None
+        else f"none, so that nothing is measured: {plan.why_no_images}"
+    )
+    lines = [
+        f"model      {plan.model}",
+        f"anchors    {plan.anchors.words}",
+        f"images     {shown}",
+        f"networks   {plan.recipe.get('model::type', plan.anchors.architecture.name)}, trained as the best anchor was: "
+        + ", ".join(f"{key.split('::')[1]} {plan.recipe[key]}" for key in _RECIPE if key in plan.recipe),
+        f"methods    {', '.join(config.methods)}",
+        f"draws      {config.candidates} candidates and {config.repetitions} kept of each method",
+        f"results    {plan.output}",
+    ]
+    if plan.target is not None:
+        lines[4:4] = [f"target     {line}" for line in plan.target.describe()]
+    return "\n".join(lines)
+
+
+_RECIPE = ("model::nlin", "model::dropout", "optim::optimizer", "optim::lr", "optim::wd", "training::batchsize")
