@@ -186,6 +186,35 @@ def reachable(
     return [node["Resources"] for node in steady] + grown[: max(0, limits.max_nodes - unknown)]
 
 
+def room(bundle: Mapping[str, float], what: str) -> int:
+    """How often the nodes of the connected cluster have what is asked for, whatever runs there; 1 if only new ones do.
+
+    Args:
+        bundle: "CPU" and "GPU", of one node.
+        what: asks for it, for the message.
+
+    Raises:
+        InputError: no node has as much, nor may an autoscaler add one that does: Ray itself would wait forever.
+    """
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    places = sum(_places(node["Resources"], bundle) for node in alive)
+    if places:
+        return places
+    limits = autoscaling_limits(alive)
+    new = [resources for resources, most in limits.node_types.values() if most] if limits else []
+    nodes = [node["Resources"] for node in alive] + new
+    if any(_places(node, bundle) for node in nodes):
+        return 1
+    asked = " and ".join(f"{amount:g} {kind}s" for kind, amount in bundle.items() if amount)
+    most = " and ".join(f"{max((node.get(kind, 0.0) for node in nodes), default=0.0):g} {kind}s" for kind in bundle)
+    raise InputError(
+        f"{what} needs {asked} of one node, but the nodes of the cluster have at most {most}{_grown(limits)}: "
+        "lower num_cpus or num_gpus, or add such a node"
+    )
+
+
 def _is_head(node: Mapping[str, Any]) -> bool:
     return _HEAD_RESOURCE in node["Resources"]
 
