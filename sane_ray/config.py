@@ -913,6 +913,9 @@ class SamplingConfig:
     fractions: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5])
     """Fractions of the way from an anchor to another that accuracy is drawn against novelty for."""
 
+    averaged: list[int] = field(default_factory=lambda: [2, 3, 5, 8])
+    """Numbers of anchors in an average that accuracy is drawn against novelty for."""
+
     largest_weight: float = 1e4
     """A sample with a larger weight has exploded: it is counted, and left out."""
 
@@ -955,7 +958,7 @@ class SamplingConfig:
             f"must not be fewer than sampling.repetitions ({self.repetitions})",
         )
         _check(self.bandwidth >= 0, "sampling.bandwidth", self.bandwidth, "must not be negative")
-        for name in ("bandwidths", "noises", "fractions"):
+        for name in ("bandwidths", "noises", "fractions", "averaged"):
             values = getattr(self, name)
             rising = len(values) > 0 and values == sorted(set(values)) and values[0] > 0
             _check(rising, f"sampling.{name}", values, "must be positive and increasing")

@@ -62,7 +62,7 @@ class Evaluation:
         """Trains and measures the networks of a piece."""
         weights = None
         if piece.weights is not None:
-            tensors = {key: torch.from_numpy(value) for key, value in piece.weights.items()}
+            tensors = {key: torch.tensor(value) for key, value in piece.weights.items()}
             weights = [{key: value[index] for key, value in tensors.items()} for index in range(len(piece.params))]
         kept = sorted({*self.answered, self.epochs})
         trained = train_stack(piece.params, self.images, kept, weights=weights, keep_logits=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from sane_ray.cluster import default_storage, local_path
@@ -19,7 +20,7 @@ from sane_ray.errors import InputError
 from sane_ray.finetuning.evaluation import Histories, Piece
 from sane_ray.finetuning.measuring import Failed, Measuring
 from sane_ray.finetuning.results import Method, methods_of, rows_of, table_of, verdict
-from sane_ray.report.finetuning import draw_finetuning, write_finetuning_report
+from sane_ray.report.sampling import draw_finetuning, write_finetuning_report
 from sane_ray.sampling.files import Samples, write_rows
 from sane_ray.shell import this_command
 from sane_ray.tokens.store.reading import json_digest
@@ -242,14 +243,13 @@ def describe(plan: Plan) -> str:
 
 def report(plan: Plan, results: Mapping[str, Any]) -> None:
     """Draws the pictures and writes the report beside the results."""
-    pictures = draw_finetuning(plan.output / ROWS_FILE, plan.samples.rows, results, plan.output / PICTURES)
+    history = pq.read_table(plan.output / ROWS_FILE).to_pylist()
+    pictures = draw_finetuning(history, plan.samples.rows, plan.output / PICTURES)
     write_finetuning_report(results, plan.samples.index, pictures, plan.output / REPORT_FILE, this_command())
 
 
 def log(plan: Plan, results: Mapping[str, Any], tracker: Tracker, storage: Path) -> None:
     """Hands everything to MLflow: results to the run, and the curve of each method to a run nested in it."""
-    import pyarrow.parquet as pq
-
     rows = pq.read_table(plan.output / ROWS_FILE).to_pylist()
     for method in dict.fromkeys(row["method"] for row in rows):
         with tracked(

@@ -23,9 +23,6 @@ PUBLISHED_SEED = 42
 PUBLISHED_RANDOM = 10.0
 """Standard deviation of the published random embeddings, around 0."""
 
-AVERAGED = 5
-"""Anchors in an average."""
-
 NEIGHBORS = 5
 """Nearest anchors that an interpolation chooses from."""
 
@@ -173,9 +170,9 @@ def interpolation(anchors_KNX: Tensor, count: int, seed: int, scale: float) -> D
 
 
 def average(anchors_KNX: Tensor, count: int, seed: int, scale: float) -> Draws:
-    """Means of ``AVERAGED`` anchors chosen at random (of all, where there are fewer)."""
+    """Means of ``scale`` anchors chosen at random (of all, where there are fewer)."""
     rng = _generator(seed)
-    size = min(AVERAGED, len(anchors_KNX))
+    size = min(max(1, round(scale)), len(anchors_KNX))
     chosen = [torch.randperm(len(anchors_KNX), generator=rng)[:size] for _ in range(count)]
     return Draws(torch.stack([anchors_KNX[some].mean(0) for some in chosen]), [some.tolist() for some in chosen])
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+import shlex
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from sane_ray.autoencoder.model import SANE
@@ -17,11 +19,14 @@ from sane_ray.cluster import default_storage
 from sane_ray.config import SampleJob
 from sane_ray.finetuning.evaluation import METRICS, Piece
 from sane_ray.finetuning.measuring import Measuring, succeeded
+from sane_ray.report.sampling import draw_samples, write_sampling_report
 from sane_ray.sampling.anchors import aligned
-from sane_ray.sampling.audit_rows import Auditor
+from sane_ray.sampling.auditing import Auditor, verdict
 from sane_ray.sampling.files import (
     CANDIDATES_FILE,
+    INDEX_FILE,
     MEASURED_FOLDER,
+    NETWORKS_FOLDER,
     ROWS_FILE,
     Samples,
     check_output,
@@ -31,10 +36,12 @@ from sane_ray.sampling.files import (
     write_rows,
 )
 from sane_ray.sampling.generation import Codec, Weights, state_dict
-from sane_ray.sampling.methods import Measured, Pool, Sampler
+from sane_ray.sampling.methods import SWEPT, Measured, Pool, Sampler
 from sane_ray.sampling.plan import SamplePlan, describe, plan_of
-from sane_ray.shell import this_command
-from sane_ray.tracking import UNSENT_FOLDER, default_uri, tracked
+from sane_ray.shell import command, this_command
+from sane_ray.tokens.store.text_table import table
+from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
+from sane_ray.zoo.architectures import from_params
 
 EXPERIMENT = "sane_ray sampling"
 """Name of the MLflow experiment."""
@@ -43,8 +50,6 @@ PICTURES, REPORT_FILE, LOGGED_FILE = "plots", "report.html", ".logged"
 
 _TOGETHER = 16
 """Networks that are measured side by side."""
-
-_LOG = logging.getLogger(__name__)
 
 
 def run(config: SampleJob, dry_run: bool) -> None:
@@ -81,30 +86,58 @@ def sample(plan: SamplePlan, config: SampleJob) -> None:
     """Draws, selects, audits and writes."""
     start = time.monotonic()
     plan.output.mkdir(parents=True, exist_ok=True)
-    anchors, settings = plan.anchors, plan.config
-    codec = Codec(SANE.from_pretrained(plan.model), anchors.architecture, settings)
-    raw = anchors.networks([*anchors.ordinals, *anchors.others])
-    training = aligned(raw, anchors.architecture.symmetry, raw[0]) if settings.align else raw
-    finish = Finish(plan)
+    drawing = Drawing.begun(plan)
     if plan.images is None:
-        _write(plan, finish, Sampler(codec, training[: len(anchors.ordinals)], None, settings), None, start)
+        _write(drawing, None, start)
         return
-    folder = plan.output / MEASURED_FOLDER
-    with Measuring(plan.images, 0, [0], folder, config.fan_out, "measure") as measuring:
+    with Measuring(plan.images, 0, [0], plan.output / MEASURED_FOLDER, config.fan_out, "measure") as measuring:
+        drawing = Drawing.begun(plan, measuring)
+        _write(drawing, measuring, start)
 
-        def measure(weights: Weights) -> Measured:
-            return measured(measuring, finish(weights), plan)
 
-        sampler = Sampler(codec, training[: len(anchors.ordinals)], measure, settings)
-        auditor = Auditor(plan, codec, training, measure)
-        _write(plan, finish, sampler, auditor, start)
+@dataclass(frozen=True)
+class Drawing:
+    """What takes part in sampling."""
+
+    plan: SamplePlan
+    codec: Codec
+    sampler: Sampler
+    auditor: Auditor
+
+    @classmethod
+    def begun(cls, plan: SamplePlan, measuring: Measuring | None = None) -> Drawing:
+        """Reads the training networks, aligns, embeds and measures them."""
+        anchors, settings = plan.anchors, plan.config
+        codec = Codec(SANE.from_pretrained(plan.model), anchors.architecture, settings)
+        ordinals = [*anchors.ordinals, *anchors.others]
+        raw = anchors.networks(ordinals)
+        training = aligned(raw, anchors.architecture.symmetry, raw[0]) if settings.align else raw
+        measure = None if measuring is None else Measure(plan, measuring)
+        predictions = labels = None
+        if measuring is not None and plan.target is None:
+            stacked = {key: torch.stack([network[key] for network in training]) for key in training[0]}
+            predictions, labels = measured(measuring, stacked, plan).predictions_RI, measuring.images.split("test")[1]
+        ids = [str(name) for name in anchors.store.models["id"].take(ordinals).to_pylist()]
+        auditor = Auditor(codec, training, ids, anchors.runs(ordinals), predictions, labels)
+        return cls(plan, codec, Sampler(codec, training[: len(anchors.ordinals)], measure, settings), auditor)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures networks given in the anchors' architecture, as they come out."""
+
+    plan: SamplePlan
+    measuring: Measuring
+
+    def __call__(self, weights: Weights) -> Measured:
+        """[R, *shape] each."""
+        return measured(self.measuring, finished(self.plan, weights), self.plan)
 
 
 def measured(measuring: Measuring, weights: Weights, plan: SamplePlan) -> Measured:
     """Accuracy and answers of networks, as they are."""
     arrays = {key: value.contiguous().numpy() for key, value in weights.items()}
-    count = len(next(iter(arrays.values())))
-    params = {**plan.recipe, "seed": 0}
+    count, params = len(next(iter(arrays.values()))), {**plan.recipe, "seed": 0}
     pieces = [
         Piece([params] * min(_TOGETHER, count - begin), {k: v[begin : begin + _TOGETHER] for k, v in arrays.items()})
         for begin in range(0, count, _TOGETHER)
@@ -113,85 +146,165 @@ def measured(measuring: Measuring, weights: Weights, plan: SamplePlan) -> Measur
     metrics_RM = np.concatenate([history.metrics_REM[:, 0] for history in histories])
     logits_RIC = np.concatenate([history.logits_RTIC[:, 0] for history in histories])
     column = {name: metrics_RM[:, place] for place, name in enumerate(METRICS)}
-    return Measured(column["val_acc"], column["val_loss"], column["test_acc"], logits_RIC.argmax(-1).astype(np.int16))
+    predictions_RI = logits_RIC.argmax(-1).astype(np.int16)
+    return Measured(column["val_acc"], column["val_loss"], column["test_acc"], predictions_RI)
 
 
-@dataclass(frozen=True)
-class Finish:
-    """From weights of the anchors' architecture to those of the networks that come out.
+def finished(plan: SamplePlan, weights: Weights) -> Weights:
+    """From weights of the anchors' architecture to those of the networks that come out, [R, *shape] each.
 
-    A last layer that begins anew is drawn from the network's own weights as its seed: so a network that is measured and
-    later written has the same.
+    What begins anew is drawn with the network's own weights for a seed: so a network that is measured, and written
+    later, has the same.
     """
-
-    plan: SamplePlan
-
-    def __call__(self, weights: Weights) -> Weights:
-        """[R, *shape] each, of either architecture."""
-        if self.plan.target is None:
-            return weights
-        count = len(next(iter(weights.values())))
-        finished = [self._one(state_dict(weights, index)) for index in range(count)]
-        return {key: torch.stack([network[key] for network in finished]) for key in finished[0]}
-
-    def _one(self, network: Weights) -> Weights:
-        assert self.plan.target is not None
+    target = plan.target
+    if target is None:
+        return weights
+    networks = []
+    for index in range(len(next(iter(weights.values())))):
+        network = state_dict(weights, index)
         seed = zlib.crc32(b"".join(value.contiguous().numpy().tobytes() for value in network.values()))
-        grown = self.plan.target.apply({key: value[None] for key, value in network.items()}, seed)
-        return state_dict(grown, 0)
+        networks.append(state_dict(target.apply({key: value[None] for key, value in network.items()}, seed), 0))
+    return {key: torch.stack([network[key] for network in networks]) for key in networks[0]}
 
 
-def _write(plan: SamplePlan, finish: Finish, sampler: Sampler, auditor: Auditor | None, start: float) -> None:
+def _write(drawing: Drawing, measuring: Measuring | None, start: float) -> None:
     """Everything in the folder; the index comes last."""
-    rows, exploded = [], {}
+    plan, sampler, auditor = drawing.plan, drawing.sampler, drawing.auditor
+    rows: list[dict[str, Any]] = []
+    exploded: dict[str, int] = {}
     for method in plan.config.methods:
         if method == "scratch":
-            rows += list(_scratch(plan, auditor))
-            continue
-        pool = sampler.kept(method)
-        exploded[method] = pool.exploded
-        rows += list(_kept(plan, finish, auditor, method, pool))
-        _LOG.info("%s: %d networks", method, len(pool))
-    candidates = [] if auditor is None else list(_candidates(plan, sampler, auditor))
+            rows += _scratch(plan, measuring)
+        else:
+            pool = sampler.kept(method)
+            exploded[method] = pool.exploded
+            rows += _kept(drawing, method, pool)
+    candidates = list(_candidates(drawing))
     write_rows(plan.output, ROWS_FILE, rows)
-    if candidates:
-        write_rows(plan.output, CANDIDATES_FILE, candidates)
-    write_index(
-        plan.output,
-        {
-            "identity": plan.digest,
-            "name": plan.name,
-            "settings": plan.identity,
-            "model": str(plan.model),
-            "store": str(plan.anchors.store.path),
-            "images": {"name": plan.images.name, "path": plan.images_path, "fingerprint": plan.images.fingerprint}
-            if plan.images is not None
-            else None,
-            "anchors": {"words": plan.anchors.words, "ids": plan.anchors.ids},
-            "recipe": plan.recipe,
-            "bandwidth": sampler.bandwidth,
-            "noise": sampler.matched_noise,
-            "exploded": exploded,
-            "reference": None if auditor is None else auditor.reference_row,
-            "verdict": [] if auditor is None else auditor.verdict(rows, candidates),
-            "compute": {"seconds": time.monotonic() - start, "cores": torch.get_num_threads()},
-        },
-    )
+    write_rows(plan.output, CANDIDATES_FILE, candidates)
+    measurable = measuring is not None
+    content = {
+        "identity": plan.digest,
+        "name": plan.name,
+        "settings": plan.identity,
+        "model": str(plan.model),
+        "store": str(plan.anchors.store.path),
+        "images": _images(plan),
+        "anchors": {"words": plan.anchors.words, "ids": plan.anchors.ids},
+        "recipe": plan.recipe,
+        "bandwidth": sampler.bandwidth,
+        "noise": sampler.matched_noise,
+        "exploded": exploded,
+        "unit": auditor.unit,
+        "usual_agreement": auditor.usual_agreement,
+        "verdict": verdict(rows, candidates, auditor.usual_agreement) if measurable else [],
+        "compute": {"seconds": time.monotonic() - start, "cores": torch.get_num_threads()},
+    }
+    write_index(plan.output, content)
 
 
-def _kept(
-    plan: SamplePlan, finish: Finish, auditor: Auditor | None, method: str, pool: Pool
-) -> Iterator[dict[str, Any]]:
+def _images(plan: SamplePlan) -> dict[str, Any] | None:
+    if plan.images is None:
+        return None
+    images = plan.images
+    return {"name": images.name, "path": plan.images_path, "fingerprint": images.fingerprint, "classes": images.classes}
+
+
+def _kept(drawing: Drawing, method: str, pool: Pool) -> Iterator[dict[str, Any]]:
     """Writes the networks of a method; a row each."""
-    weights = finish(sampler_weights(pool, finish, plan))
-    audited = auditor.rows(pool) if auditor is not None else [{} for _ in range(len(pool))]
-    for repetition, audit in enumerate(audited):
+    if not len(pool):
+        return
+    weights = finished(drawing.plan, drawing.codec.weights(pool.tokens_RNT))
+    ids = drawing.plan.anchors.ids
+    bootstrapped = method.endswith(":bootstrap")  # then parents are among the networks of the round before
+    for repetition, audit in enumerate(drawing.auditor.rows(pool)):
         file = network_file(method, repetition)
-        parents = [plan.anchors.ids[index] for index in pool.parents[repetition] if index < len(plan.anchors.ids)]
-        network = state_dict(weights, repetition)
-        write_network(plan.output, file, network, {"method": method, "parents": ", ".join(parents)})
+        parents = [] if bootstrapped else [ids[index] for index in pool.parents[repetition]]
+        write_network(drawing.plan.output, file, state_dict(weights, repetition), {"method": method})
         yield {"method": method, "repetition": repetition, "file": file, "parents": parents, **audit}
 
 
-def _scratch(plan: SamplePlan, auditor: Auditor | None) -> Iterator[dict[str, Any]]:
-    raise NotImplementedError
+def _scratch(plan: SamplePlan, measuring: Measuring | None) -> Iterator[dict[str, Any]]:
+    """Networks as they are initialised; a row each."""
+    params = [{**plan.recipe, "seed": _scratch_seed(plan, index)} for index in range(plan.config.repetitions)]
+    networks = [from_params(one).state_dict() for one in params]
+    stacked = {key: torch.stack([network[key] for network in networks]) for key in networks[0]}
+    found = None if measuring is None else measured(measuring, stacked, plan)
+    for repetition, network in enumerate(networks):
+        file = network_file("scratch", repetition)
+        write_network(plan.output, file, network, {"method": "scratch"})
+        row: dict[str, Any] = {"method": "scratch", "repetition": repetition, "file": file, "parents": []}
+        if found is not None:
+            row |= {name: float(getattr(found, name)[repetition]) for name in ("val_acc", "val_loss", "test_acc")}
+        yield {**_UNKNOWN, **row}
+
+
+_UNKNOWN: dict[str, Any] = {"distance": None, "novelty": None, "nearest": None, "wrong_agreement": None}
+
+
+def _scratch_seed(plan: SamplePlan, index: int) -> int:
+    return int(np.random.SeedSequence([plan.config.seed, index]).generate_state(1)[0])
+
+
+def _candidates(drawing: Drawing) -> Iterator[dict[str, Any]]:
+    """Everything that was drawn: of each source as a method, and of swept sources at each scale."""
+    sampler = drawing.sampler
+    sources = dict.fromkeys(method.split(":")[0] for method in drawing.plan.config.methods if method != "scratch")
+    for source in sources:
+        own = sampler.pool(source)
+        scales = [own] if source not in SWEPT or sampler.measure is None else [own, *sampler.sweep(source)]
+        for pool in {pool.scale: pool for pool in scales}.values():
+            for index, audit in enumerate(drawing.auditor.rows(pool)):
+                yield {"source": source, "scale": pool.scale, "as_method": pool is own, "index": index, **audit}
+
+
+def report(samples: Samples, made_by: str) -> None:
+    """Draws the pictures and writes the report beside the samples."""
+    candidates = pq.read_table(samples.path / CANDIDATES_FILE).to_pylist()
+    pictures = draw_samples(samples.rows, candidates, samples.index, samples.path / PICTURES)
+    write_sampling_report(samples.rows, samples.index, pictures, samples.path / REPORT_FILE, made_by)
+
+
+def log(samples: Samples, tracker: Tracker) -> None:
+    """Hands means of every method, the files and the networks themselves to MLflow."""
+    point: dict[str, object] = {"step": 0}
+    for method in dict.fromkeys(row["method"] for row in samples.rows):
+        for name in ("val_acc", "test_acc", "novelty", "wrong_agreement"):
+            values = [row[name] for row in samples.of_method(method) if row.get(name) is not None]
+            if values:
+                point[f"{name}/{method.replace(':', '-')}"] = float(np.mean(values))
+    tracker.log([point])
+    for name in (INDEX_FILE, ROWS_FILE, CANDIDATES_FILE, REPORT_FILE):
+        tracker.log_artifact(samples.path / name)
+    for folder in (PICTURES, NETWORKS_FOLDER):
+        tracker.log_folder(samples.path / folder, folder)
+
+
+def ending(samples: Samples, storage: Path) -> str:
+    """The table, the verdict, where the samples are and what to do next."""
+    lines = [["method", "networks", "val", "test", "novelty", "wrong alike", "exploded"]]
+    for method in dict.fromkeys(row["method"] for row in samples.rows):
+        rows = samples.of_method(method)
+        cells = [_mean(rows, name, factor) for name, factor in _COLUMNS.items()]
+        lines.append([method, str(len(rows)), *cells, str(samples.index["exploded"].get(method, 0) or "")])
+    next_command = f"{command('python')} jobs/finetune.py --samples {shlex.quote(str(samples.path))}"
+    return "\n".join(
+        [
+            "accuracy in % before training, means over networks; novelty 1 is as far as two training runs are apart",
+            *table(lines),
+            "",
+            *samples.index["verdict"],
+            f"report   {samples.path / REPORT_FILE}",
+            f"MLflow   {ui_command(default_uri(storage))}",
+            f"samples  {samples.path}: {len(samples.rows)} networks (safetensors); next: {next_command}",
+        ]
+    )
+
+
+_COLUMNS = {"val_acc": 100.0, "test_acc": 100.0, "novelty": 1.0, "wrong_agreement": 1.0}
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str, factor: float) -> str:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    digits = 1 if factor > 1 else 2
+    return f"{factor * float(np.mean(values)):.{digits}f}" if values else "-"

@@ -36,9 +36,10 @@ class Source:
 
     space: Space
     density: Density
-    scale: Literal["bandwidth", "published", "matched", "fraction", "one", "random"]
+    scale: Literal["bandwidth", "published", "matched", "fraction", "several", "one", "random"]
     """What the density's scale is: the chosen bandwidth, the published one, noise as far from the anchors as
-    `sane_kde`, a fraction of the way to another anchor, one deviation, or that of the published random embeddings."""
+    `sane_kde`, a fraction of the way to another anchor, some anchors, one deviation, or that of the published random
+    embeddings."""
     words: str
     """What a table says of it."""
 
@@ -55,7 +56,7 @@ SOURCES: dict[str, Source] = {
     "sane_interpolation": Source("embeddings", densities.interpolation, "fraction", "between embeddings of neighbours"),
     "sane_random": Source("embeddings", densities.random, "random", "random embeddings"),
     "noise": Source("weights", densities.joint_kde, "matched", "noise added to anchors"),
-    "average": Source("weights", densities.average, "one", "means of five anchors"),
+    "average": Source("weights", densities.average, "several", "means of five anchors"),
     "interpolation": Source("weights", densities.interpolation, "fraction", "between weights of neighbours"),
 }
 """By name; ``scratch`` has none: those networks begin as their params initialise them."""
@@ -65,8 +66,12 @@ SWEPT = {
     "sane_interpolation": "fractions",
     "noise": "noises",
     "interpolation": "fractions",
+    "average": "averaged",
 }
 """Sources whose accuracy is drawn against novelty, and the config field of the scales."""
+
+AVERAGED = 5
+"""Anchors in an average that is a method by itself."""
 
 HALF_WAY = 0.5
 """Fraction of an interpolation that is a method by itself: as far from both anchors as can be."""
@@ -155,7 +160,7 @@ class Sampler:
 
     @cached_property
     def bandwidth(self) -> float:
-        """Of ``sane_kde``: the config's, or the largest whose validation accuracy is within a standard error of the best.
+        """Of ``sane_kde``: the config's, or the largest whose validation accuracy is within an error of the best.
 
         This is the rule of one standard error (Breiman et al. 1984), which is for what is new where accuracy cannot
         tell. Without images the least.
@@ -194,6 +199,8 @@ class Sampler:
                 return self.matched_noise
             case "fraction":
                 return HALF_WAY
+            case "several":
+                return AVERAGED
             case "random":
                 return densities.PUBLISHED_RANDOM
             case "one":

@@ -143,8 +143,9 @@ class _Stack:
     def __init__(self, models: Sequence[Mapping[str, Any]], states: Sequence[Mapping[str, Tensor]]) -> None:
         self.layers = described(models[0]).layers
         self.activation = activation_of(models[0])
-        self.shapes = {key: tuple(value.shape) for key, value in states[0].items()}
-        slots = [_padded(value.numel()) for value in states[0].values()]
+        own = from_params(models[0]).state_dict()  # in the order of the layers, which given weights may not have
+        self.shapes = {key: tuple(value.shape) for key, value in own.items()}
+        slots = [_padded(value.numel()) for value in own.values()]
         self._starts = [sum(slots[:index]) for index in range(len(slots))]
         self.values = torch.zeros(len(models), sum(slots))
         for index, state in enumerate(states):

@@ -1,0 +1,26 @@
+"""Fine-tunes sampled networks and their baselines side by side, and compares their accuracy epoch by epoch."""
+
+from __future__ import annotations
+
+from sane_ray.cli import run_job
+from sane_ray.config import FinetuneJob
+
+EXAMPLES = """examples:
+  python jobs/finetune.py --samples results/samples/NAME
+      accuracy at epochs 0, 1, 5, 10 and 25 of every method: table, curves, report.html
+  python jobs/finetune.py --samples SAMPLES --finetuning.epochs 5 --finetuning.table_epochs '[0, 1, 5]'
+      shorter
+  python jobs/finetune.py --samples SAMPLES --fan_out.actors 64 --fan_out.cpus 2
+      on a cluster: as many actors as it has room for, 64 at most
+"""
+
+
+def main(config: FinetuneJob, dry_run: bool) -> None:
+    """Fine-tunes, unless the results are there; prints the table, the verdict, and where everything is."""
+    from sane_ray.finetuning.job import run  # torch and Ray take seconds to import: not for --help
+
+    run(config, dry_run)
+
+
+if __name__ == "__main__":
+    run_job(FinetuneJob, main, examples=EXAMPLES)
