@@ -56,7 +56,7 @@ SCORES = {
     "accuracy": "accuracy: the fraction of checkpoints whose category is right.",
 }
 FEATURE_SETS = {
-    "statistics": "statistics, or s(W): numbers of each layer's weights, such as their mean and quantiles",
+    "statistics": "statistics, called s(W) too: numbers of each layer's weights, such as their mean and quantiles",
     "statistics_published": "statistics_published: those of SANE's paper, of normalised weights",
     "spectral": "spectral: norms and spectra of each layer's weights",
     "weights": "weights: all of them as they are",
@@ -119,7 +119,10 @@ def words(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     sets = [said for name, said in FEATURE_SETS.items() if name in names]
     said = ["A model is a network that was trained; a checkpoint is a model at one epoch.", *scores]
     said.append("In brackets: 95 % of a bootstrap over test models. The best value of a column is bold.")
-    said += [f"Features: {'; '.join(sets)}. A + joins sets."] if sets else []
+    said.append(
+        "Features are what a probe predicts from (a + joins sets); ridge is a linear probe, boosting are trees."
+    )
+    said += [f"{one}." for one in sets]
     return [*said, GAP] if any(row["target"] == "ggap" for row in rows) else said
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +25,7 @@ from sane_ray.analysis.pictures import (
 )
 from sane_ray.analysis.reports import CAPTIONS, markdown_table, spectra_tables, words, write_prediction_report
 from sane_ray.analysis.tables import CORRELATIONS, epochs_of
+from sane_ray.embedding.job import following
 from sane_ray.properties.prediction import PREDICTION_SCHEMA, ROW_SCHEMA
 
 
@@ -102,6 +105,13 @@ def test_what_the_model_knows_comes_first_and_then_what_most_models_have(write_e
     drawn = (tmp_path / "plots" / "depth.svg").read_text()
     assert "<!-- 2 checkpoints of architecture net7, one of 3 (family.png) -->" in drawn
     assert counted_rows(embeddings.models) == "7 checkpoints"
+
+
+def test_of_several_architectures_the_family_is_to_be_looked_at_next():
+    embeddings = SimpleNamespace(index={"source": {"kind": "path"}})
+    drawn = [Path(f"{name}.png") for name in ("depth", "family", "map", "spectra")]
+    assert following(embeddings, drawn) == "look at family.png"
+    assert following(embeddings, [drawn[0], drawn[2]]) == "look at map.png"
 
 
 def test_a_loose_file_has_no_epoch(write_embeddings, tmp_path):
