@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sane_ray.embedding import Embeddings
 from sane_ray.properties.protocols import last_rows
 from sane_ray.properties.spectral import NAMES, spectral_metrics
+from sane_ray.report.spectra import LEAST_LAYERS
 from sane_ray.tokens.layers import LayerTable
 from sane_ray.tokens.store import TokenStore
 from sane_ray.zoo.checkpoint import Checkpoint, LoadedCheckpoint
@@ -25,9 +26,6 @@ Array = NDArray[np.float64]
 
 LARGEST_MATRIX = 4096 * 4096
 """Singular values of larger matrices take minutes, and are left out."""
-
-LEAST_LAYERS = 3
-"""Of fewer layers no correlation is told."""
 
 LEAST_VARIATION = 1e-9
 """Relative to the largest value: what varies less is constant but for rounding."""
@@ -153,6 +151,18 @@ def along_depth(profiles: Profiles, first: str, second: str, kind: str = "spearm
             pair = (rankdata(one), rankdata(other)) if ranked else (one, other)
             found[row] = float(np.corrcoef(*pair)[0, 1])
     return found
+
+
+def shared_layers(profiles: Profiles, first: str, second: str) -> NDArray[np.int64]:
+    """How many layers of each network have both measures, [R].
+
+    Args:
+        profiles: Of networks of one architecture.
+        first: A measure.
+        second: Another.
+    """
+    known_RK = np.isfinite(profiles.measures[first]) & np.isfinite(profiles.measures[second])
+    return known_RK.sum(axis=1)
 
 
 def _varies(values: Array) -> bool:

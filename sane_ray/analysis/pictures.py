@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from sane_ray.analysis.attribution import Importance
 from sane_ray.analysis.depth import Profiles, profiles
 from sane_ray.analysis.maps import close_map, places, principal_map
-from sane_ray.analysis.tables import correlations, write_tables
+from sane_ray.analysis.tables import correlations, epochs_of, write_tables
 from sane_ray.embedding import Embeddings
 from sane_ray.properties.prediction import by_validation
+from sane_ray.report.names import counted, label
 from sane_ray.report.protocols import epochs_figure, has_epochs, has_transfer, transfer_figure
 from sane_ray.report.reading import (
     depth_figure,
@@ -54,15 +55,19 @@ MOST_ARCHITECTURES = 8
 PROPERTIES = ("test_acc", "epoch", "ggap")
 MOST_COLOURS = 6
 """Maps of one zoo side by side."""
+
+MOST_NAMES = 8
+"""Models whose names colour a map of which no property is known."""
+
 NAMELESS = re.compile(
     r"(checkpoints?|model|pytorch_model|state_dict|weights|last|best|final|latest)?[-_.\d]*(\.(safetensors|pt|pth|bin|ckpt))?"
 )
 """Names of files and folders that say nothing of the network in them."""
 
 METRICS = {
-    "r2": "R² on test networks",
-    "tau": "Kendall's tau on test networks",
-    "accuracy": "accuracy on test networks",
+    "r2": "R² on test checkpoints",
+    "tau": "Kendall's tau on test checkpoints",
+    "accuracy": "accuracy on test checkpoints",
 }
 
 
@@ -77,7 +82,7 @@ def draw_embeddings(
 ) -> list[Path]:
     """Draws a network at a glance; or a zoo as a map, and its layers along depth. Writes what is drawn as tables too.
 
-    Depth is that of the commonest architecture, and where there are more, a family by relative depth.
+    Depth is that of the first of ``ordered_architectures``, and where there are more, a family by relative depth.
 
     Args:
         embeddings: Complete.
@@ -92,24 +97,46 @@ def draw_embeddings(
     models = embeddings.models
     if len(models) == 0:
         return []
-    counts = Counter(models["architecture"].to_pylist())
-    found = {name: profiles(embeddings, name, spectra) for name, _ in counts.most_common(MOST_ARCHITECTURES)}
-    commonest, of_commonest = next(iter(found.items()))
+    architectures = ordered_architectures(embeddings)
+    found = {name: profiles(embeddings, name, spectra) for name in architectures[:MOST_ARCHITECTURES]}
+    first, of_first = next(iter(found.items()))
     note = unknown(embeddings, found)
     if len(models) == 1:
-        _, mean_RKL = embeddings.layer_vectors("mean", commonest)
-        measures = {name: values[0] for name, values in of_commonest.measures.items()}
-        title = network_title(embeddings, len(of_commonest.layers))
-        drawn = save(network_figure(of_commonest.layers, mean_RKL[0], measures, title, note), folder / "network.png")
+        _, mean_RKL = embeddings.layer_vectors("mean", first)
+        measures = {name: values[0] for name, values in of_first.measures.items()}
+        title = network_title(embeddings, len(of_first.layers))
+        drawn = save(network_figure(of_first.layers, mean_RKL[0], measures, title, note), folder / "network.png")
         drawn += _draw_spectra(folder, found, note)
         return drawn + write_tables(folder, models, found)
     drawn = _draw_zoo(embeddings, folder, found, colours)
-    title = f"{len(of_commonest.ids):,} networks of architecture {shorten(commonest, 50)}"
-    note_here = unknown(embeddings, [commonest])
-    drawn += save(depth_figure(of_commonest.layers, of_commonest.measures, title, note_here), folder / "depth.png")
+    title = f"{counted_rows(models, first)} of architecture {shorten(first, 40)}"
+    title += f", one of {len(architectures)} (family.png)" if len(architectures) > 1 else ""
+    note_here = unknown(embeddings, [first])
+    drawn += save(depth_figure(of_first.layers, of_first.measures, title, note_here), folder / "depth.png")
     if len(found) > 1:
         drawn += save(family_figure({name: one.measures for name, one in found.items()}, note), folder / "family.png")
     return drawn + _draw_spectra(folder, found, note)
+
+
+def ordered_architectures(embeddings: Embeddings) -> list[str]:
+    """Architectures, those first that the model was trained on, and of these the ones that most models have."""
+    models, trained = embeddings.models, embeddings.index.get("trained_on", {})
+    pairs = set(zip(models["architecture"].to_pylist(), models["model"].to_pylist(), strict=True))
+    counts = Counter(architecture for architecture, _ in pairs)
+    appeared = dict.fromkeys(models["architecture"].to_pylist())
+    return sorted(appeared, key=lambda name: (trained.get(name) is False, -counts[name]))
+
+
+def counted_rows(models: pa.Table, architecture: str = "") -> str:
+    """``2,400 checkpoints of 400 models``; models are left out where each has one checkpoint.
+
+    Args:
+        models: What is known of the checkpoints.
+        architecture: Whose; of all if empty.
+    """
+    rows = models.filter(pc.field("architecture") == architecture) if architecture else models
+    count = len(set(rows["model"].to_pylist()))
+    return counted(len(rows), "checkpoint") + (f" of {counted(count, 'model')}" if count < len(rows) else "")
 
 
 def network_title(embeddings: Embeddings, layers: int) -> str:
@@ -129,11 +156,8 @@ def network_title(embeddings: Embeddings, layers: int) -> str:
         path = Path(source["path"])
         names = [part for part in (*path.parts[1:-1], path.stem) if not NAMELESS.fullmatch(part)][-1:]
     known = {name: values[0] for name in PROPERTIES if (values := column(embeddings.models, name)) is not None}
-    told = {name: value for name, value in known.items() if value is not None}
-    told = {} if told == {"epoch": 0} else told  # what a file without an epoch has
-    said = [f"{name.replace('_', ' ')} {value:.3g}" for name, value in told.items()]
-    count = f"{layers} layer" + "s" * (layers != 1)
-    return ", ".join([shorten("/".join(names[-2:]) or identifier, 48), *said, count])
+    said = [f"{label(name)} {value:.3g}" for name, value in known.items() if value is not None]
+    return ", ".join([shorten("/".join(names[-2:]) or identifier, 48), *said, counted(layers, "layer")])
 
 
 def unknown(embeddings: Embeddings, architectures: Collection[str]) -> str:
@@ -156,12 +180,12 @@ def unknown(embeddings: Embeddings, architectures: Collection[str]) -> str:
 def _draw_spectra(folder: Path, found: Mapping[str, Profiles], note: str) -> list[Path]:
     """Statistics of embeddings against spectra, where weights were at hand and any correlation is defined."""
     rows = correlations(*found.values())
-    count = max((row["networks"] for row in rows), default=0)
+    count = max((row["checkpoints"] for row in rows), default=0)
     if not count:
         return []
     title = "Embeddings and spectra of the weights along depth"
-    if count > 1:
-        title += f": mean ± deviation of r over {count:,} networks"
+    title += f": mean ± deviation of r over {count:,} checkpoints; " if count > 1 else ": "
+    title += "n is the number of layers"
     measures = {name: one.measures for name, one in found.items()}
     return save(spectra_figure(measures, rows, title, note), folder / "spectra.png")
 
@@ -181,25 +205,47 @@ def _draw_zoo(
         known = {name: values for name in PROPERTIES if (values := column(table, name)) is not None}
     else:
         known = {name: [values[row] for row in rows.tolist()] for name, values in list(colours.items())[:MOST_COLOURS]}
-    colours, models = known or {"networks": [0.0] * len(rows)}, table["model"].to_pylist()
-    drawn = save(map_figure(shown.points_R2, colours, shown.explained, models), folder / "map.png")
+    colours, models = known or _kinds(table), table["model"].to_pylist()
+    name, count = zoo_name(embeddings), counted_rows(embeddings.models)
+    note = f"a sample: {len(rows):,} of {len(embeddings.models):,} checkpoints" * (len(rows) < len(embeddings.models))
+    title = f"Map of {name}: {count} by their embeddings"
+    figure = map_figure(shown.points_R2, colours, shown.explained, models, title=title, note=note)
+    drawn = save(figure, folder / "map.png")
     close_R2 = close_map(where)
     if close_R2 is not None:
-        drawn += save(_close_figure(close_R2, colours, models), folder / "tsne.png")
+        drawn += save(_close_figure(close_R2, colours, models, f"{name}, {count}"), folder / "tsne.png")
     return drawn + write_tables(folder, table, found, shown, where, known, close_R2)
 
 
-def _close_figure(close_R2: NDArray[np.float64], colours: Mapping[str, Sequence[Any]], models: Sequence[Any]) -> Figure:
-    """The map by t-SNE of those networks that are on it."""
+def _kinds(models: pa.Table) -> dict[str, list[Any]]:
+    """What colours a map of which no property is known: names of models where they are few, else architectures."""
+    for name in ("model", "architecture"):
+        if 1 < len(models[name].unique()) <= MOST_NAMES:
+            return {name: models[name].to_pylist()}
+    return {"": [0.0] * len(models)}
+
+
+def zoo_name(embeddings: Embeddings) -> str:
+    """The last part of the path of what was embedded, shortened."""
+    return shorten(Path(embeddings.index.get("source", {}).get("path", "")).name or "the zoo", 40)
+
+
+def _close_figure(
+    close_R2: NDArray[np.float64], colours: Mapping[str, Sequence[Any]], models: Sequence[Any], zoo: str
+) -> Figure:
+    """The map by t-SNE of those checkpoints that are on it."""
     rows = np.flatnonzero(np.isfinite(close_R2[:, 0])).tolist()
     some = {name: [values[row] for row in rows] for name, values in colours.items()}
     note = f"a sample: {len(rows):,} of {len(close_R2):,} checkpoints" if len(rows) < len(close_R2) else ""
-    title = "t-SNE: near networks are alike, far distances mean nothing"
+    title = f"t-SNE of {zoo}: near ones are alike, far distances mean nothing"
     return map_figure(close_R2[rows], some, None, [models[row] for row in rows], title=title, note=note)
 
 
 def column(table: pa.Table, name: str) -> list[Any] | None:
     """A property by its own name or as the store calls it, the gap computed if need be; None where it is unknown."""
+    if name == "epoch":
+        epochs = epochs_of(table)
+        return epochs if any(epoch is not None for epoch in epochs) else None
     for known in (name, f"property.{name}"):
         if known in table.column_names and table[known].null_count < len(table):
             return table[known].to_pylist()
@@ -228,9 +274,9 @@ def draw_predictions(
     every = pq.read_table(results / "results.parquet").to_pylist()
     rows = [row for row in every if row["protocol"] == "split"]
     written: list[Path] = []
-    for metric, label in METRICS.items():
+    for metric, scale in METRICS.items():
         if any(row[metric] is not None for row in rows):
-            written += save(scores_figure(rows, metric, label), folder / f"{metric}.png")
+            written += save(scores_figure(rows, metric, scale), folder / f"{metric}.png")
     panels = best_predictions(rows, pq.read_table(results / "predictions.parquet"))
     if panels:
         written += save(predictions_figure(panels), folder / "predictions.png")

@@ -12,35 +12,69 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from sane_ray.embedding import Embeddings
-from sane_ray.properties.table import measured
+from sane_ray.properties.table import LABELS, measured
+from sane_ray.report.names import GAP, counted, label
 from sane_ray.report.page import Block, Bold, Code, Folded, Items, Picture, Section, Table, Text, number, write_report
-from sane_ray.report.spectra import FEATURES, STATISTICS, number_of
+from sane_ray.report.spectra import FEATURES, LEAST_LAYERS, STATISTICS, number_of
 
 CAPTIONS = {
-    "map": "Networks by their embeddings: the plane of the two directions in which they differ most. Lines join the "
-    "checkpoints of one model. Colours that change smoothly mean that embeddings know the property.",
-    "tsne": "The same networks by t-SNE: those beside each other are alike. Neither the axes nor far distances nor the "
-    "sizes of clusters mean anything.",
+    "map": "Checkpoints by their embeddings: the plane of the two directions in which they differ most. Lines join the "
+    "checkpoints of one model. Look for colours that change smoothly: there embeddings know the property.",
+    "tsne": "The same checkpoints by t-SNE. Look for neighbours of one colour: those beside each other are alike. "
+    "Neither the axes nor far distances nor the sizes of clusters mean anything.",
     "spectra": "Statistics of each layer's embeddings (blue) and spectra of its weights (orange) along depth, each to "
-    "its own scale. r is Pearson's correlation over the layers; a blank one is not defined.",
-    "depth": "Layers from front to back: what embeddings say of them (blue) and spectra of the weights (orange).",
-    "family": "Architectures along relative depth, the median network of each: what is common to all of them, and not.",
-    "network": "The network layer by layer: its embeddings, and how well its weights are reconstructed.",
-    "r2": "R² with 95 % intervals over test models: 1 is perfect, 0 is guessing the mean. Intervals that overlap "
-    "widely do not tell two feature sets apart.",
-    "tau": "Kendall's tau with 95 % intervals: whether networks are put in the right order.",
-    "accuracy": "Fraction of test networks whose category is right, with 95 % intervals.",
-    "predictions": "Test networks by the fit that validation liked best: on the dashed line, predictions are exact.",
-    "layers": "What each layer is worth: how much R² falls when its features are exchanged among test networks.",
-    "epochs": "R² at an epoch that no network of training or validation was of. An arrow is a fit worse than -0.5.",
-    "transfer": "R² with training networks of one zoo (rows) and test networks of another (columns).",
+    "its own scale. Look for pairs whose curves rise and fall together (r near 1) or against each other (near -1); of "
+    "few layers (n) r is little more than chance.",
+    "depth": "Layers from front to back: what embeddings say of them (blue) and spectra of the weights (orange). Look "
+    "first for layers of low explained variance: of these, embeddings say little.",
+    "family": "Architectures along relative depth, the median checkpoint of each. Look for curves of one shape: what "
+    "is common to the architectures; and for architectures of low explained variance, which the model does not know.",
+    "network": "The network layer by layer. Look first for layers of low explained variance: there the weights are "
+    "reconstructed badly, and the embedding says little.",
+    "r2": "R² with 95 % intervals over test models: 1 is perfect, 0 is guessing the mean. Look for intervals that do "
+    "not overlap: the others do not tell two feature sets apart.",
+    "tau": "Kendall's tau with 95 % intervals: 1 is checkpoints in the right order, 0 any order. Look for intervals "
+    "that do not overlap.",
+    "accuracy": "Fraction of test checkpoints whose category is right, with 95 % intervals. Look for intervals that do "
+    "not overlap.",
+    "predictions": "Test checkpoints, each property by the fit that validation models chose, which need not be the "
+    "best on test models. Look how near they lie to the dashed line, where predictions are exact.",
+    "layers": "What each layer is worth: how much R² falls when its features are exchanged among test checkpoints; "
+    "'whole network' are features that are of no single layer. Look at the longest bars, and whether a bar is longer "
+    "than its grey line, the deviation over exchanges.",
+    "epochs": "R² at an epoch that no checkpoint of training or validation was of; an arrow is a fit worse than -0.5. "
+    "Look for lines that stay high at the first and the last epoch: there a probe has to extrapolate.",
+    "transfer": "R² with training checkpoints of one zoo (rows) and test checkpoints of another (columns). Look how "
+    "much is lost from the diagonal, one zoo's own test models, to the fields beside it.",
 }
 """What to look for in each picture, by its file's name."""
+
+SCORES = {
+    "r2": "R²: the share of a property's variance that is predicted; 1 is perfect, 0 is guessing the mean.",
+    "tau": "tau: Kendall's correlation of ranks, 1 where all checkpoints are in the right order, 0 where in any.",
+    "mae": "MAE: mean absolute error, in the property's units (epochs; fractions for accuracies); less is better.",
+    "accuracy": "accuracy: the fraction of checkpoints whose category is right.",
+}
+FEATURE_SETS = {
+    "statistics": "statistics, called s(W) too: numbers of each layer's weights, such as their mean and quantiles",
+    "statistics_published": "statistics_published: those of SANE's paper, of normalised weights",
+    "spectral": "spectral: norms and spectra of each layer's weights",
+    "weights": "weights: all of them as they are",
+    "sane_mean": "sane_mean: the mean of a checkpoint's token embeddings",
+    "sane_vectors": "sane_vectors: mean, deviation and quantiles of token embeddings, of the network and of each layer",
+    "sane_shape": "sane_shape: lengths, rank and spectrum of token embeddings",
+    "sane": "sane: sane_vectors with sane_shape",
+}
+"""Of docs/properties.md, in one line."""
+
+MEASURED = (
+    "Error is the squared error of the reconstructed weights, in units of normalised weights. Explained variance is 1 "
+    "where they are exact and 0 where they are no better than the layer's mean weight; a token is a piece of a channel."
+)
 
 MOST_LAYERS = 30
 """Of a table of layers."""
 
-LABELS = {"r2": "R²", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
 OF_OTHERS = ("r2", "accuracy", "mae")
 """What is told of a protocol: the first that there is."""
 RANKS = ("r2", "tau")
@@ -64,6 +98,7 @@ def write_prediction_report(
     zoos = ", ".join(_zoo(zoo) for zoo in results["zoos"])
     sections = [
         Section("Is SANE worth it?", [Items(results["verdict"])] if results["verdict"] else []),
+        Section("How to read this", [Items(words(own))]),
         Section("How well properties are read", list(score_tables(own))),
         Section("Pictures", [Picture(path, CAPTIONS.get(path.stem, "")) for path in pictures if path.suffix == ".png"]),
         Section("What layers add", list(layer_tables(pictures))),
@@ -73,8 +108,22 @@ def write_prediction_report(
         Section("Notes", [Items(results["notes"])] if results["notes"] else []),
         Section("How it was made", list(_made(results, command))),
     ]
-    lead = f"Properties of networks predicted from their weights: {zoos}. No model is in two of the splits."
+    lead = f"Properties of checkpoints predicted from their weights: {zoos}. No model is in two of the splits."
     return write_report(path, "Reading models", sections, lead)
+
+
+def words(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the words of the tables mean, of those that are in them: scores, feature sets, the generalisation gap."""
+    scores = [said for name, said in SCORES.items() if any(row.get(name) is not None for row in rows)]
+    names = {name for row in rows for name in row["features"].split("+")}
+    sets = [said for name, said in FEATURE_SETS.items() if name in names]
+    said = ["A model is a network that was trained; a checkpoint is a model at one epoch.", *scores]
+    said.append("In brackets: 95 % of a bootstrap over test models. The best value of a column is bold.")
+    said.append(
+        "Features are what a probe predicts from (a + joins sets); ridge is a linear probe, boosting are trees."
+    )
+    said += [f"{one}." for one in sets]
+    return [*said, GAP] if any(row["target"] == "ggap" for row in rows) else said
 
 
 def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
@@ -84,7 +133,9 @@ def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
         fitted = [row for row in rows if row["target"] == target and measured(row)]
         if not fitted:
             notes = dict.fromkeys(row.get("note", "") for row in rows if row["target"] == target)
-            tables.append(Text(f"{target}: {'; '.join(note for note in notes if note) or 'nothing was fitted'}"))
+            tables.append(
+                Text(f"{_named(target)}: {'; '.join(note for note in notes if note) or 'nothing was fitted'}")
+            )
             continue
         metrics = [name for name in LABELS if any(row.get(name) is not None for row in fitted)]
         best = {
@@ -93,9 +144,15 @@ def score_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
         }
         lines = [[row["features"], row["probe"], *(_cell(row, name, best[name]) for name in metrics)] for row in fitted]
         counts = ", ".join(f"{fitted[0][f'n_{split}']:,} {split}" for split in ("train", "val", "test"))
-        caption = f"{target} (checkpoints: {counts})"
+        caption = f"{_named(target)}; checkpoints: {counts}"
         tables.append(Table(["features", "probe", *(LABELS[name] for name in metrics)], lines, caption))
     return tables
+
+
+def _named(target: str) -> str:
+    """In words, with the name that flags know."""
+    said = label(target)
+    return said if said == target else f"{said} ({target})"
 
 
 def choices(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
@@ -138,7 +195,7 @@ def other_tables(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
         cells = {(row["part"], row["features"]): _cell(row, score, None) for row in mine}
         parts = dict.fromkeys(row["part"] for row in mine)
         lines = [[part, *(cells.get((part, name), "–") for name in features)] for part in parts]
-        blocks.append(Table(["", *features], lines, f"{protocol}, {target}, {probe}: {LABELS[score]}"))
+        blocks.append(Table(["", *features], lines, f"{protocol}, {label(target)}, {probe}: {LABELS[score]}"))
     return [Folded(f"{len(blocks)} tables", blocks)] if len(blocks) > 2 else blocks
 
 
@@ -154,10 +211,11 @@ def layer_tables(files: Sequence[Path]) -> list[Block]:
         mine = [row for row in rows if row["target"] == target]
         some = [[row["group"], number(row["drop"]), number(row["moved"])] for row in mine[:MOST_LAYERS]]
         more = f", {MOST_LAYERS} of {len(mine)} layers" if len(mine) > MOST_LAYERS else ""
-        tables.append(Table(["layer", "loss of R²", "moves a prediction by"], some, f"{target}{more}"))
+        tables.append(Table(["layer", "loss of R²", "moves a prediction by"], some, f"{label(target)}{more}"))
     said = (
-        "What a layer adds to a prediction is the difference that its features make to those of the typical "
-        "training network. The last column is how much that varies over test networks, in the property's units."
+        "Loss of R² is how much R² falls when the layer's features are exchanged among test checkpoints. "
+        "What a layer adds to a prediction is the difference that its features make to those of the typical training "
+        "checkpoint; the last column is how much that varies over test checkpoints, in the property's units."
     )
     if not tables:
         return []
@@ -175,20 +233,36 @@ def spectra_tables(files: Sequence[Path]) -> list[Block]:
     names = list(dict.fromkeys(row["architecture"] for row in rows))
     for name in sorted(names, key=bool):  # all architectures together come first
         mine = [row for row in rows if row["architecture"] == name]
-        count = max(row["networks"] for row in mine)
+        count = max(row["checkpoints"] for row in mine)
         cells = {(row["statistic"], row["feature"]): _correlation(row) for row in mine}
         lines = [[STATISTICS[one].replace("\n", " "), *(cells.get((one, f), "") for f in FEATURES)]
                  for one in STATISTICS if any(row["statistic"] == one for row in mine)]  # fmt: skip
-        caption = f"{name or 'all architectures'} ({count:,} network{'s' * (count != 1)})"
+        caption = f"{name or 'all architectures'} ({counted(count, 'checkpoint')})"
         if count:
             tables.append(Table(["Pearson's r", *FEATURES.values()], lines, caption))
-    if len(tables) < 3:
-        return tables
-    return [tables[0], Folded(f"{len(tables) - 1} architectures", tables[1:])]
+    if len(tables) > 2:
+        tables = [tables[0], Folded(f"{len(tables) - 1} architectures", tables[1:])]
+    return [Text(_about_correlations(rows)), *tables] if rows else []
+
+
+def _about_correlations(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What r and n are; or why there is none."""
+    rule = f"of fewer than {LEAST_LAYERS} layers with both values it would be chance"
+    if any(row["pearson"] is not None for row in rows):
+        return (
+            "r is Pearson's correlation of a statistic with a spectral feature over a checkpoint's layers, of several "
+            f"checkpoints its mean ± deviation; n is the number of layers. Where r is missing, {rule}, or one of the "
+            "two is the same in all layers."
+        )
+    most = max(row["layers_most"] for row in rows)
+    if most < LEAST_LAYERS:
+        return f"No correlation is told: {rule}, and here are {most} at most."
+    return "No correlation is told: in each pair one of them is the same in all layers."
 
 
 def _correlation(row: Mapping[str, Any]) -> str:
-    return number_of(row).removeprefix("r = ")
+    r, comma, layers = number_of(row).removeprefix("r = ").partition(", ")
+    return f"{r} ({layers})" if comma else ""
 
 
 def _rows(files: Sequence[Path], stem: str) -> list[dict[str, Any]]:
@@ -237,16 +311,18 @@ def write_embedding_report(embeddings: Embeddings, pictures: Sequence[Path], pat
     unknown = [name for name, trained_on in index["trained_on"].items() if not trained_on]
     left_out = [f"{one['id']}: {one['reason']}" for one in embeddings.left_out]
     notes = [f"The model was not trained on {name}: see how well its layers are reconstructed." for name in unknown]
+    notes += [GAP] if any(name.endswith((".ggap", ".train_acc")) for name in embeddings.models.column_names) else []
     sections = [
         Section("Pictures", [Picture(path, CAPTIONS.get(path.stem, "")) for path in pictures if path.suffix == ".png"]),
-        Section("Layers", [layer_table(embeddings)] if count == 1 else []),
+        Section("Layers", [Text(MEASURED), layer_table(embeddings)] if count == 1 else []),
         Section("Embeddings and spectra of the weights", list(spectra_tables(pictures))),
         Section("Notes", [Items([*notes, *index.get("warnings", ())])] if notes or index.get("warnings") else []),
-        Section("Left out", [Folded(f"{len(left_out):,} networks", [Items(left_out)])] if left_out else []),
+        Section("Left out", [Folded(counted(len(left_out), "checkpoint"), [Items(left_out)])] if left_out else []),
         Section("How it was made", [Text(_model(index["model"])), *([Code(command)] if command else [])]),
     ]
-    lead = f"{count:,} network{'s' * (count != 1)} of {index['source']['path']}, as a trained SANE sees them."
-    return write_report(path, "Embedded networks", sections, lead)
+    seen = "it" if count == 1 else "them"
+    lead = f"{counted(count, 'checkpoint')} of {index['source']['path']}, as a trained SANE sees {seen}."
+    return write_report(path, "Embedded checkpoints", sections, lead)
 
 
 def layer_table(embeddings: Embeddings) -> Table:

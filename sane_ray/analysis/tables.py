@@ -6,6 +6,7 @@ Shape suffixes: R networks, K layers.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sane_ray.analysis.depth import Profiles, along_depth
+from sane_ray.analysis.depth import Profiles, along_depth, shared_layers
 from sane_ray.analysis.maps import Map, nearest, typical_distance
 from sane_ray.properties.protocols import last_rows
 from sane_ray.properties.spectral import NAMES
@@ -35,7 +36,8 @@ OF_EMBEDDINGS, OF_WEIGHTS = tuple(STATISTICS), NAMES
 _NUMBER = pa.float64()
 _CORRELATED = ("pearson", "pearson_deviation", "spearman", "spearman_q25", "spearman_q75")
 CORRELATIONS = pa.schema(
-    [("architecture", _TEXT), ("statistic", _TEXT), ("feature", _TEXT), ("networks", pa.int64())]
+    [("architecture", _TEXT), ("statistic", _TEXT), ("feature", _TEXT)]
+    + [(name, pa.int64()) for name in ("checkpoints", "layers_least", "layers_most")]
     + [(name, _NUMBER) for name in _CORRELATED]
 )
 
@@ -67,9 +69,10 @@ def correlations(*profiles: Profiles) -> list[dict[str, Any]]:
         *profiles: Of one architecture, or of several whose networks count alike.
 
     Returns:
-        ``statistic`` and ``feature``; ``networks`` that have a correlation over their layers (``along_depth``); over
-        these, ``pearson``'s mean and ``pearson_deviation`` (of two or more), and median and quartiles of Spearman's:
-        ``spearman``, ``spearman_q25``, ``spearman_q75``. None, never 0, where no network has one.
+        ``statistic`` and ``feature``; ``checkpoints`` that have a correlation over their layers (``along_depth``); over
+        these, the layers that it is of (``layers_least`` and ``layers_most``; of all where none has a correlation),
+        ``pearson``'s mean and ``pearson_deviation`` (of two or more), and median and quartiles of Spearman's:
+        ``spearman``, ``spearman_q25``, ``spearman_q75``. None, never 0, where no checkpoint has one.
     """
     rows = []
     for statistic in OF_EMBEDDINGS:
@@ -82,8 +85,11 @@ def correlations(*profiles: Profiles) -> list[dict[str, Any]]:
                 np.concatenate([along_depth(one, statistic, feature, kind) for one in having])
                 for kind in ("pearson", "spearman")
             )
-            pearson, spearman = pearson[np.isfinite(pearson)], spearman[np.isfinite(spearman)]
-            row["networks"] = len(pearson)
+            layers, told = _shared(having, statistic, feature), np.isfinite(pearson)
+            layers = layers[told] if told.any() else layers
+            row |= {"layers_least": int(layers.min()), "layers_most": int(layers.max())}
+            pearson, spearman = pearson[told], spearman[np.isfinite(spearman)]
+            row["checkpoints"] = len(pearson)
             if len(pearson):
                 quartiles = np.percentile(spearman, [25, 50, 75]).tolist()
                 row |= dict(zip(("spearman_q25", "spearman", "spearman_q75"), quartiles, strict=True))
@@ -92,6 +98,10 @@ def correlations(*profiles: Profiles) -> list[dict[str, Any]]:
                 row["pearson_deviation"] = float(pearson.std(ddof=1))
             rows.append(row)
     return rows
+
+
+def _shared(profiles: Sequence[Profiles], statistic: str, feature: str) -> NDArray[np.int64]:
+    return np.concatenate([shared_layers(one, statistic, feature) for one in profiles])
 
 
 def correlation_table(found: Mapping[str, Profiles]) -> pa.Table:
@@ -125,6 +135,23 @@ def neighbour_table(models: pa.Table, places_RF: NDArray[np.float64], count: int
             found = {"id": ids[row], "rank": rank, "neighbour": ids[other], "model": names[other]}
             rows.append(found | {"distance": distance})
     return pa.Table.from_pylist(rows, NEIGHBOURS)
+
+
+def epochs_of(models: pa.Table) -> list[int | None]:
+    """The epoch of each checkpoint; None for that of a loose file whose epoch nobody knows, which is entered as 0.
+
+    Such a file is the only checkpoint of its model, of epoch 0, and no property of it is known.
+
+    Args:
+        models: What is known of the checkpoints: ``model``, ``epoch`` and properties.
+    """
+    names, epochs = models["model"].to_pylist(), models["epoch"].to_pylist()
+    counts, known = Counter(names), np.zeros(len(models), bool)
+    for name in models.column_names:
+        if name.startswith("property."):
+            known |= models[name].is_valid().to_numpy()
+    loose = [epoch == 0 and counts[model] == 1 for epoch, model in zip(epochs, names, strict=True)]
+    return [None if one and not has else epoch for epoch, one, has in zip(epochs, loose, known.tolist(), strict=True)]
 
 
 def agreement(models: pa.Table, neighbours: pa.Table, values: Sequence[float | None]) -> dict[str, float] | None:
@@ -179,18 +206,18 @@ def write_tables(
     """
     tables = {"depth": depth_table(found)}
     summary: dict[str, Any] = {
-        "networks": len(models),
+        "checkpoints": len(models),
         "depth": {name: {"layers": len(one.layers), "correlations": correlations(one)} for name, one in found.items()},
     }
     related = correlation_table(found)
-    if any(related["networks"].to_pylist()):
+    if any(related["layers_most"].to_pylist()):
         tables["correlations"] = related
         if len(found) > 1:
             summary["correlations"] = correlations(*found.values())
     if shown is not None and places_RF is not None:
         x, y = shown.points_R2.T
-        tables["map"] = models.select(["id", "model", "epoch"]).append_column("x", pa.array(x))
-        tables["map"] = tables["map"].append_column("y", pa.array(y))
+        known = {"epoch": pa.array(epochs_of(models), pa.int64()), "x": pa.array(x), "y": pa.array(y)}
+        tables["map"] = pa.table({"id": models["id"], "model": models["model"]} | known)
         if close_R2 is not None:
             for name, values in zip(("tsne_x", "tsne_y"), close_R2.T, strict=True):
                 tables["map"] = tables["map"].append_column(name, pa.array(values, mask=np.isnan(values)))

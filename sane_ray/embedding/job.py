@@ -181,7 +181,7 @@ def following(embeddings: Embeddings, pictures: Sequence[Path]) -> str:
     """What to do next: predict, where a store gives splits to do it by; else look."""
     if embeddings.index["source"]["kind"] == "store" or not pictures:
         return f"{command('python')} jobs/predict.py --embeddings {shlex.quote(str(embeddings.path))}"
-    first = next((path for path in pictures if path.stem in ("network", "map")), pictures[0])
+    first = next((path for path in pictures if path.stem in ("network", "family", "map")), pictures[0])
     return f"look at {first}"
 
 

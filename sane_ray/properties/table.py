@@ -11,7 +11,7 @@ import numpy as np
 from sane_ray.config import PropertiesConfig
 from sane_ray.properties.features import Zoo
 
-LABELS = {"r2": "R2", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
+LABELS = {"r2": "R²", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
 _NOTES = 12
 
 LEAST_SHOWN = -10.0

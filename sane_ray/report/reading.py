@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sane_ray.report.names import counted, label
 from sane_ray.report.spectra import STATISTICS
 from sane_ray.report.style import (
     BLUE,
@@ -54,8 +55,8 @@ MEASURES = {
 POSITIVE = ("spread", "norm", "error", "stable_rank")
 """Measures that are not negative, and are read as amounts."""
 
-LEAST_SLOTS = 6
-"""Room for as many layers or bars, so that few of them are not drawn huge."""
+LEAST_SLOTS = 3
+"""Room for as many layers, so that one or two are not drawn huge."""
 
 MOST_LINES = 60
 """More networks than this are drawn as quartiles."""
@@ -93,12 +94,13 @@ def depth_figure(
     """
     shown = {name: values for name, values in measures.items() if name in MEASURES and np.isfinite(values).any()}
     ordered = [name for name in MEASURES if name in shown]
-    figure, panels = new_figure(len(ordered), 1, (8.5, 1.2 + 1.7 * len(ordered)), sharex=True, squeeze=False)
+    size = (_width(len(layers), 8.5), 1.2 + 1.7 * len(ordered))
+    figure, panels = new_figure(len(ordered), 1, size, sharex=True, squeeze=False)
     for axes, name in zip(panels[:, 0], ordered, strict=True):
         _lines(axes, shown[name], _colour(name), named=axes is panels[0, 0])
         _log_if_wide(axes, name, shown[name])
         _bound(axes, name)
-        label_axes(axes, MEASURES[name], ylabel="")
+        label_axes(axes, MEASURES[name] + _fewer(shown[name]), ylabel="")
     _name_layers(panels[-1, 0], layers)
     headline(figure, title, note)
     return figure
@@ -134,7 +136,7 @@ def family_figure(measures_of: Mapping[str, Mapping[str, Array]], note: str = ""
         for name, colour in colours.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    headline(figure, f"{len(colours)} architectures along depth", note)
+    headline(figure, f"{len(colours)} architectures along depth, the median checkpoint of each", note)
     return figure
 
 
@@ -154,7 +156,7 @@ def network_figure(
     """
     shown = [name for name in MEASURES if name in measures and np.isfinite(measures[name]).any()]
     heights = [2.4, *[0.8] * len(shown)]
-    size = (max(8.0, min(12.0, 4 + 0.16 * len(layers))), 2.2 + 0.9 * sum(heights))
+    size = (_width(len(layers), 12.0), 2.2 + 0.9 * sum(heights))
     figure, panels = new_figure(len(heights), 1, size, sharex=True, squeeze=False, height_ratios=heights)
     _strip(figure, panels[0, 0], mean_KL)
     depth = np.arange(1, len(layers) + 1)
@@ -188,11 +190,11 @@ def map_figure(
     """
     names = ("", "") if explained is None else _components(explained)
     columns = 2 if len(colours) in (2, 4) else min(3, max(1, len(colours)))
-    figure, panels = new_grid(len(colours), columns, (4.1, 3.6), (1.2, 0.6))
+    figure, panels = new_grid(len(colours), columns, (4.1, 3.6), (1.2, 0.9 if title else 0.6))
     for axes, (name, values) in zip(panels, colours.items(), strict=False):
         _trajectories(axes, points_R2, models)
         _coloured(figure, axes, points_R2, list(values))
-        label_axes(axes, wrap(name, 32), xlabel=names[0], ylabel=names[1])
+        label_axes(axes, wrap(label(name), 32), xlabel=names[0], ylabel=names[1])
         if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
         if explained is None:
@@ -206,13 +208,13 @@ def _components(explained: tuple[float, float]) -> tuple[str, str]:
     return f"first component ({explained[0]:.0%})", f"second component ({explained[1]:.0%})"
 
 
-def scores_figure(rows: Sequence[Row], metric: str, label: str) -> Figure:
+def scores_figure(rows: Sequence[Row], metric: str, scale: str) -> Figure:
     """How well each property is read: a dot with its 95 % interval for each feature set and probe, a panel a property.
 
     Args:
         rows: Of results.parquet, of one protocol.
         metric: ``r2``, ``tau``, ``mae`` or ``accuracy``.
-        label: Its name for a reader.
+        scale: Its name for a reader.
     """
     shown = [row for row in rows if row.get(metric) is not None]
     targets = list(dict.fromkeys(row["target"] for row in shown)) or ["nothing was measured"]
@@ -225,7 +227,7 @@ def scores_figure(rows: Sequence[Row], metric: str, label: str) -> Figure:
             mine = [row for row in shown if row["target"] == target and row["probe"] == probe]
             offset = (index - (len(probes) - 1) / 2) * 0.26
             _dots(axes, mine, metric, [features.index(row["features"]) + offset for row in mine], probe)
-        label_axes(axes, wrap(str(target), 28), ylabel="", xlabel=label)
+        label_axes(axes, wrap(label(str(target)), 28), ylabel="", xlabel=scale)
         if axes.get_legend():
             axes.get_legend().remove()
         _zoom(axes, metric)
@@ -243,7 +245,7 @@ def predictions_figure(panels_of: Mapping[str, tuple[Array, Array]]) -> Figure:
     Args:
         panels_of: By title, truth and prediction, [n] each.
     """
-    figure, panels = new_grid(len(panels_of), min(3, max(1, len(panels_of))), (3.8, 3.6), (0.8, 0.5))
+    figure, panels = new_grid(len(panels_of), min(3, max(1, len(panels_of))), (3.8, 3.6), (0.8, 0.9))
     for axes, (title, (truth, prediction)) in zip(panels, panels_of.items(), strict=False):
         low, high = float(min(truth.min(), prediction.min())), float(max(truth.max(), prediction.max()))
         axes.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle="--")
@@ -251,22 +253,25 @@ def predictions_figure(panels_of: Mapping[str, tuple[Array, Array]]) -> Figure:
             axes.hexbin(truth, prediction, gridsize=40, cmap="Blues", bins="log", mincnt=1)
         else:
             axes.scatter(truth, prediction, s=12, color=BLUE, alpha=0.5, linewidths=0)
-        label_axes(axes, wrap(title, 32), ylabel="predicted", xlabel="true")
+        label_axes(axes, wrap(label(title), 32), ylabel="predicted", xlabel="true")
+        axes.locator_params(nbins=6)
+    headline(figure, "Test checkpoints; validation chose the fit")
     return figure
 
 
 def importances_figure(drops: Mapping[str, Sequence[Sequence[Any]]]) -> Figure:
     """What each layer is worth to a prediction, as bars of lost R²; a panel a property.
 
-    Layers whose exchange changes nothing have no bar, and are counted below; so are those beyond ``MOST_BARS``.
+    Layers whose exchange changes nothing have no bar, and are counted below; so are those beyond ``MOST_BARS``. As high
+    as the bars are many.
 
     Args:
         drops: By property: layer, mean loss of R² when its features are exchanged, its deviation.
     """
     drops = {title: list(bars) for title, bars in drops.items() if bars}
     shown = {title: [bar for bar in bars if bar[1] or bar[2]][:MOST_BARS] for title, bars in drops.items()}
-    tallest = max((LEAST_SLOTS, *map(len, shown.values())))
-    size = (1.0 + 4.0 * max(1, len(shown)), 1.5 + 0.3 * tallest)
+    tallest = max((2, *map(len, shown.values())))
+    size = (1.0 + 4.0 * max(1, len(shown)), 2.0 + 0.3 * tallest)
     figure, panels = new_figure(1, max(1, len(shown)), size, squeeze=False)
     for axes, (title, bars) in zip(panels[0], shown.items(), strict=False):
         losses, deviations = [bar[1] for bar in bars], [bar[2] for bar in bars]
@@ -275,7 +280,8 @@ def importances_figure(drops: Mapping[str, Sequence[Sequence[Any]]]) -> Figure:
         axes.set_ylim(tallest - 0.4, -0.6)
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.locator_params(axis="x", nbins=4)
-        label_axes(axes, wrap(title, 28), ylabel="", xlabel=f"loss of R²{_unseen(drops[title], len(bars))}")
+        label_axes(axes, wrap(label(title), 28), ylabel="", xlabel=f"loss of R²{_unseen(drops[title], len(bars))}")
+    headline(figure, "What each layer is worth: how much R² falls when its features are exchanged")
     return figure
 
 
@@ -283,8 +289,20 @@ def _unseen(bars: Sequence[Sequence[Any]], shown: int) -> str:
     """A line on the layers that have no bar."""
     without = sum(1 for bar in bars if not bar[1] and not bar[2])
     less = len(bars) - without - shown
-    said = [f"{without} without any"] * bool(without) + [f"{less} that matter less"] * bool(less)
-    return f"\nnot shown: {', '.join(said)}" if said else ""
+    said = [f"{counted(without, 'layer')} of no effect"] * bool(without)
+    said += [f"{counted(less, 'layer')} of less effect"] * bool(less)
+    return f"\nno bar: {', '.join(said)}" if said else ""
+
+
+def _width(layers: int, most: float) -> float:
+    """Of a figure of so many layers, in inches: few are not drawn apart, and their names have room."""
+    return min(most, max(5.5, 4.0 + 0.3 * layers))
+
+
+def _fewer(values_RK: Array) -> str:
+    """Of how many checkpoints a measure is, where some have none: singular values are computed of some only."""
+    count = int(np.isfinite(values_RK).any(axis=1).sum())
+    return f" ({counted(count, 'checkpoint')})" if count < len(values_RK) else ""
 
 
 def _colour(measure: str) -> str:
@@ -299,7 +317,8 @@ def _amounts(axes: Axes, name: str, depth: NDArray[np.int64], values_K: Array) -
         shown = np.maximum(values_K, LEAST_VARIANCE) if name == "explained_variance" else values_K
         axes.bar(depth[known], shown[known], width=0.75, color=colour)
     else:
-        axes.plot(depth, values_K, color=colour, marker="o", markersize=3.5, linewidth=1.2)
+        axes.plot(depth, values_K, color=colour, marker="o", markersize=3.5, linewidth=1.2, clip_on=False)
+        axes.margins(y=0.15)
     if not known.all():
         edge = axes.get_xaxis_transform()
         none = np.zeros((~known).sum())
@@ -347,12 +366,12 @@ def _lines(axes: Axes, values_RK: Array, colour: str, *, named: bool) -> None:
     depth, median = np.arange(1, values_RK.shape[1] + 1), _quantile(values_RK, 50)
     if len(values_RK) > MOST_LINES:
         low, high = _quantile(values_RK, 25), _quantile(values_RK, 75)
-        label = "middle half of the networks" if named else None
+        label = "middle half of the checkpoints" if named else None
         axes.fill_between(depth, low, high, color=colour, alpha=0.25, linewidth=0, label=label)
     else:
         marker = "." if len(depth) == 1 else None  # a line of one point is invisible
         for index, values in enumerate(values_RK if len(values_RK) > 1 else ()):
-            known, label = np.isfinite(values), "one network" if named and index == 0 else None
+            known, label = np.isfinite(values), "one checkpoint" if named and index == 0 else None
             axes.plot(depth[known], values[known], color=colour, alpha=0.35, linewidth=0.8, marker=marker, label=label)
     known = np.isfinite(median)
     label = "median" if len(values_RK) > 1 and named else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sane_ray.report.style import BLUE, INK, ORANGE, clean, headline, new_figure
+from sane_ray.report.style import BLUE, GREY, INK, ORANGE, clean, headline, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,15 +38,18 @@ FEATURES = {
 
 FAINT = 0.45
 
+LEAST_LAYERS = 5
+"""Of fewer layers any correlation is chance: none is told or drawn."""
+
 
 def spectra_figure(
     measures_of: Mapping[str, Mapping[str, Array]], correlations: Sequence[Row], title: str = "", note: str = ""
 ) -> Figure:
     """A row a statistic of embeddings, a column a spectral feature: both along depth, each to its own scale.
 
-    Above each panel is Pearson's correlation over a network's layers, of several networks its mean and deviation; none
-    where it is not defined; such a panel is blank, and a row or column of none but those is left out. Curves are those
-    of the median network of each architecture.
+    Above each panel is Pearson's correlation over a network's layers, of several networks its mean and deviation, and
+    how many layers it is of. A pair without one has no curves but says why, and a row or column of none but those is
+    left out. Curves are those of the median network of each architecture.
 
     Args:
         measures_of: By architecture, measures [R, K].
@@ -54,7 +57,8 @@ def spectra_figure(
         title: Of the figure.
         note: Below it.
     """
-    told = {(row["statistic"], row["feature"]): row for row in correlations if row["pearson"] is not None}
+    every = {(row["statistic"], row["feature"]): row for row in correlations}
+    told = {pair: row for pair, row in every.items() if row["pearson"] is not None}
     shown = [name for name in STATISTICS if any(name == statistic for statistic, _ in told)]
     columns = [name for name in FEATURES if any(name == feature for _, feature in told)]
     rows = max(1, len(shown))
@@ -65,7 +69,10 @@ def spectra_figure(
             row = told.get((statistic, feature))
             _pair(axes, measures_of if row else {}, statistic, feature)
             head = f"{FEATURES[feature]}\n" if place == 0 else ""
-            axes.set_title(head + (number_of(row) if row else ""), loc="left", fontsize=9.5, color=INK)
+            axes.set_title(head + (number_of(row) if row else ""), loc="left", fontsize=9, color=INK)
+            if row is None:
+                said = why_not(every.get((statistic, feature)))
+                axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", fontsize=8, color=GREY)
         panels[place, 0].set_ylabel(STATISTICS[statistic], color=BLUE, fontsize=9)
     _name_depth(panels[-1], measures_of)
     handles = [
@@ -78,21 +85,31 @@ def spectra_figure(
 
 
 def number_of(row: Row) -> str:
-    """``r = 0.81``, with ``± 0.05`` over several networks; empty where it is not defined."""
+    """``r = 0.81, n = 7`` layers, with ``± 0.05`` over several networks; empty where it is not defined."""
     if row["pearson"] is None:
         return ""
-    deviation = row["pearson_deviation"]
-    return f"r = {row['pearson']:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+    deviation, least, most = row["pearson_deviation"], row["layers_least"], row["layers_most"]
+    spread = f" ± {deviation:.2f}" if deviation is not None else ""
+    return f"r = {row['pearson']:.2f}{spread}, n = {least}" + (f"–{most}" if most > least else "")
+
+
+def why_not(row: Row | None) -> str:
+    """Why a pair has no correlation."""
+    most = row["layers_most"] if row else 0
+    if most < LEAST_LAYERS:
+        return f"{most} layer{'s' * (most != 1)} with both:\ntoo few for r"
+    return "one of them is\nconstant: no r"
 
 
 def _both(of: Mapping[str, Array], statistic: str, feature: str) -> NDArray[np.bool_]:
     if statistic not in of or feature not in of:
         return np.zeros((1, 1), bool)
-    return np.isfinite(of[statistic]) & np.isfinite(of[feature])
+    known_RK = np.isfinite(of[statistic]) & np.isfinite(of[feature])
+    return known_RK & (known_RK.sum(axis=1, keepdims=True) >= LEAST_LAYERS)
 
 
 def _pair(axes: Axes, measures_of: Mapping[str, Mapping[str, Array]], statistic: str, feature: str) -> None:
-    """Curves of the median networks; few layers would lie on each other whatever they say, so not where r is none."""
+    """Curves of the median networks; few layers would lie on each other whatever they say, so only of enough."""
     faint = len(measures_of) > 1
     for of in measures_of.values():
         known_RK = _both(of, statistic, feature)
@@ -102,7 +119,8 @@ def _pair(axes: Axes, measures_of: Mapping[str, Mapping[str, Array]], statistic:
         for name, colour in ((feature, ORANGE), (statistic, BLUE)):
             curve_K = _standard(_median(np.where(known_RK, of[name], np.nan)))
             style: dict[str, Any] = {"linewidth": 1.2, "marker": "o", "markersize": 2.2}
-            axes.plot(depth, curve_K, color=colour, alpha=FAINT if faint else 0.9, **style)
+            drawn = np.isfinite(curve_K) | (not faint)  # of many architectures, gaps would leave but dots
+            axes.plot(depth[drawn], curve_K[drawn], color=colour, alpha=FAINT if faint else 0.9, **style)
     clean(axes)
     axes.set_yticks([])
     axes.margins(y=0.12)

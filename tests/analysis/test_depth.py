@@ -61,23 +61,29 @@ def test_correlations_along_depth_are_pearsons_and_spearmans_where_layers_are_en
     pearson = along_depth(found, "spread", "stable_rank", "pearson")
     assert np.allclose(pearson, [1, straight, *nothing], equal_nan=True)
     (row,) = correlations(found)
-    assert (row["statistic"], row["feature"], row["networks"]) == ("spread", "stable_rank", 2)
+    assert (row["statistic"], row["feature"], row["checkpoints"]) == ("spread", "stable_rank", 2)
+    assert (row["layers_least"], row["layers_most"]) == (6, 6)
     assert [row["spearman_q25"], row["spearman"], row["spearman_q75"]] == pytest.approx([-0.5, 0, 0.5])
     assert row["pearson"] == pytest.approx((1 + straight) / 2)
     assert row["pearson_deviation"] == pytest.approx((1 - straight) / np.sqrt(2))
 
 
-def test_three_layers_have_a_correlation_two_have_none():
-    three = Profiles(["a"], list("xyz"), {"norm": np.array([[1.0, 2, 3]]), "alpha": np.array([[1.0, 2, 4]])})
-    assert along_depth(three, "norm", "alpha", "pearson") == pytest.approx(np.corrcoef([1, 2, 3], [1, 2, 4])[0, 1])
-    two = Profiles(["a"], list("xy"), {"norm": np.array([[1.0, 2]]), "alpha": np.array([[1.0, 2]])})
-    assert np.isnan(along_depth(two, "norm", "alpha", "pearson")).all()
+def test_five_layers_have_a_correlation_four_have_none_and_it_is_said_how_many_there_are():
+    one, other = [1.0, 2, 3, 4, 5], [1.0, 2, 4, 3, 9]
+    five = Profiles(["a"], list("vwxyz"), {"norm": np.array([one]), "alpha": np.array([other])})
+    assert along_depth(five, "norm", "alpha", "pearson") == pytest.approx(np.corrcoef(one, other)[0, 1])
+    four = Profiles(["a"], list("wxyz"), {name: values[:, :4] for name, values in five.measures.items()})
+    assert np.isnan(along_depth(four, "norm", "alpha", "pearson")).all()
+    (row,) = correlations(four)
+    assert (row["pearson"], row["layers_least"], row["layers_most"]) == (None, 4, 4)
+    (row,) = correlations(four, five)
+    assert (row["checkpoints"], row["layers_least"], row["layers_most"]) == (1, 5, 5)  # of those that have one
 
 
 def test_a_correlation_that_is_not_defined_is_blank_and_a_family_has_that_of_all_its_networks():
-    rising, constant = np.arange(4.0)[None], np.ones((1, 4))
-    small = Profiles(["a"], list("wxyz"), {"norm": rising, "alpha": rising, "log_norm": constant})
-    large = Profiles(["b"], list("vwxyz"), {"norm": np.arange(5.0)[None], "alpha": -np.arange(5.0)[None]})
+    rising, constant = np.arange(5.0)[None], np.ones((1, 5))
+    small = Profiles(["a"], list("vwxyz"), {"norm": rising, "alpha": rising, "log_norm": constant})
+    large = Profiles(["b"], list("uvwxyz"), {"norm": np.arange(6.0)[None], "alpha": -np.arange(6.0)[None]})
     rows = correlation_table({"small": small, "large": large}).to_pylist()
     found = {(row["architecture"], row["feature"]): row for row in rows}
     assert set(found) == {
@@ -87,10 +93,11 @@ def test_a_correlation_that_is_not_defined_is_blank_and_a_family_has_that_of_all
         ("", "alpha"),
         ("", "log_norm"),
     }
-    assert found["small", "log_norm"]["networks"] == 0 and found["small", "log_norm"]["pearson"] is None
+    assert found["small", "log_norm"]["checkpoints"] == 0 and found["small", "log_norm"]["pearson"] is None
     assert found["small", "alpha"]["pearson"] == pytest.approx(1)
     assert found["small", "alpha"]["pearson_deviation"] is None  # one network has none
     assert found["", "alpha"]["pearson"] == pytest.approx(0)
+    assert (found["", "alpha"]["layers_least"], found["", "alpha"]["layers_most"]) == (5, 6)
     assert found["", "alpha"]["pearson_deviation"] == pytest.approx(np.sqrt(2))
 
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from sane_ray.report.names import label
 from sane_ray.report.reading import (
     depth_figure,
     family_figure,
@@ -50,7 +51,7 @@ def test_depth_has_a_panel_a_measure_a_line_a_network_and_their_median():
     ]
     lines = figure.axes[0].get_lines()
     assert len(lines) == 5 and np.allclose(lines[-1].get_ydata(), np.median(values["spread"], axis=0))
-    assert texts(figure.axes[0].get_legend()) == ["one network", "median"]
+    assert texts(figure.axes[0].get_legend()) == ["one checkpoint", "median"]
     assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == [f"net.{layer}" for layer in range(6)]
     assert figure.get_suptitle() == "four"
 
@@ -58,7 +59,7 @@ def test_depth_has_a_panel_a_measure_a_line_a_network_and_their_median():
 def test_depth_of_many_networks_is_quartiles_and_of_many_layers_numbered():
     values = measures(100, 150)
     figure = depth_figure([f"blocks.{layer}.weight" for layer in range(150)], values)
-    assert texts(figure.axes[0].get_legend()) == ["middle half of the networks", "median"]
+    assert texts(figure.axes[0].get_legend()) == ["middle half of the checkpoints", "median"]
     assert len(figure.axes[0].get_lines()) == 1
     assert figure.axes[-1].get_xlabel() == "layer, from 1 (blocks.0) to 150 (blocks.149)"
 
@@ -120,7 +121,7 @@ def test_the_smallest_and_a_very_deep_network_are_drawn(layers, tmp_path):
     names = [f"model.layers.{layer}.attention.query_key_value.weight" for layer in range(layers)]
     figure = network_figure(names, np.zeros((layers, 8)), values)
     assert "stable rank" not in titles(figure)
-    assert figure.axes[0].get_xlim()[1] >= 3  # one layer is not as wide as the page
+    assert np.ptp(figure.axes[0].get_xlim()) >= 3  # one layer is not as wide as the page
     assert all(file.stat().st_size > 5000 for file in save(figure, tmp_path / "net"))
 
 
@@ -138,7 +139,7 @@ def test_a_map_has_a_panel_a_property_a_mark_a_network_and_lines_of_models():
     colours = {"test_acc": [None, float("nan"), *np.linspace(0, 1, 10)], "nlin": ["relu", "tanh", None] * 4}
     figure = map_figure(points, colours, (0.5, 0.25), [f"m{row // 3}" for row in range(12)])
     accuracy, kinds = figure.axes[:2]
-    assert titles(figure)[:2] == ["test_acc", "nlin"]
+    assert titles(figure)[:2] == ["test accuracy", "nlin"]
     trajectories, unknown, known = accuracy.collections
     assert len(trajectories.get_segments()) == 4 and np.allclose(trajectories.get_segments()[0], points[:3])
     assert (len(unknown.get_offsets()), len(known.get_offsets())) == (2, 10)
@@ -151,7 +152,8 @@ def test_a_map_has_a_panel_a_property_a_mark_a_network_and_lines_of_models():
 
 def test_a_map_without_properties_or_of_thousands_is_readable(tmp_path):
     points = np.random.default_rng(0).normal(size=(SCATTER_LIMIT + 1, 2))
-    plain = map_figure(points[:3], {"networks": [0.0] * 3}, (1, 0), list("abc"))
+    plain = map_figure(points[:3], {"": [0.0] * 3}, (1, 0), list("abc"), title="three")
+    assert plain.get_suptitle() == "three"
     assert len(plain.axes) == 1  # no colour bar of a constant
     many = map_figure(points, {"epoch": list(range(len(points)))}, (1, 0), ["m"] * len(points))
     assert save(many, tmp_path / "map")[1].stat().st_size < 1_000_000
@@ -169,7 +171,7 @@ def test_scores_are_dots_with_intervals_a_panel_a_target():
     ]
     figure = scores_figure(rows, "r2", "R²")
     accuracy, epoch = figure.axes
-    assert titles(figure) == ["test_acc", "epoch"] and accuracy.get_xlabel() == "R²"
+    assert titles(figure) == ["test accuracy", "epoch"] and accuracy.get_xlabel() == "R²"
     assert [label.get_text() for label in accuracy.get_yticklabels()] == ["statistics", "sane"]
     dots = {line.get_label(): line for line in accuracy.get_lines() if line.get_marker() == "o"}
     assert list(dots["ridge"].get_xdata()) == [0.5, 0.7] and list(dots["boosting"].get_xdata()) == [0.55]
@@ -197,6 +199,7 @@ def test_predictions_lie_around_a_diagonal():
     assert np.allclose(axes.collections[0].get_offsets(), np.stack([truth, truth + 0.1], axis=1))
     assert list(axes.get_lines()[0].get_xdata()) == list(axes.get_lines()[0].get_ydata())
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("true", "predicted")
+    assert titles(figure) == ["test accuracy: sane, ridge"] and "validation chose the fit" in figure.get_suptitle()
     many = np.linspace(0, 1, SCATTER_LIMIT + 1)
     density = predictions_figure({"many": (many, many)}).axes[0].collections[0]
     assert density.get_array().sum() == SCATTER_LIMIT + 1
@@ -215,7 +218,7 @@ def test_layers_without_importance_have_no_bar_and_are_counted():
     bars = [("a", 0.5, 0.1), ("b", 0.0, 0.0), *[(f"c{place}", 0.1, 0.01) for place in range(22)]]
     (axes,) = importances_figure({"epoch": bars}).axes
     assert len(axes.patches) == 20 and "b" not in [label.get_text() for label in axes.get_yticklabels()]
-    assert axes.get_xlabel() == "loss of R²\nnot shown: 1 without any, 3 that matter less"
+    assert axes.get_xlabel() == "loss of R²\nno bar: 1 layer of no effect, 3 layers of less effect"
     assert importances_figure({"epoch": bars[:1]}).axes[0].get_xlabel() == "loss of R²"
 
 
@@ -227,6 +230,31 @@ def test_layers_are_bars_of_what_they_are_worth():
     assert [label.get_text() for label in first.get_yticklabels()][:2] == ["net.0", "net.1"]
     assert second.patches[0].get_height() < 0.2 * np.ptp(second.get_ylim())  # one bar does not fill the panel
     assert importances_figure({}).axes
+
+
+def test_figures_are_as_large_as_layers_are_many():
+    few, many = ([(f"net.{layer}.weight", 1.0, 0.1) for layer in range(count)] for count in (3, 20))
+    figure = importances_figure({"test_acc by sane, ridge": few})
+    (axes,) = figure.axes
+    assert titles(figure) == ["test accuracy by sane, ridge"]
+    assert axes.get_ylim() == (2.6, -0.6)  # no room for bars that are not there
+    assert figure.get_figheight() < importances_figure({"epoch": many}).get_figheight()
+    narrow, wide = (depth_figure([f"net.{k}" for k in range(count)], measures(2, count)) for count in (4, 20))
+    assert narrow.axes[0].get_xlim() == (0.5, 4.5) and narrow.get_figwidth() < wide.get_figwidth()
+
+
+def test_a_measure_of_some_checkpoints_says_of_how_many():
+    values = measures(3, 5)
+    values["stable_rank"][1:] = np.nan
+    found = titles(depth_figure(list("abcde"), values))
+    assert found[0] == "spread of token embeddings" and found[-1] == "stable rank (1 checkpoint)"
+
+
+def test_properties_are_called_in_words_where_a_text_begins_with_them():
+    assert label("ggap") == "generalisation gap" and label("property.test_acc") == "test accuracy"
+    assert label("training_iteration by sane, ridge") == "epoch by sane, ridge"
+    assert label("nlin") == "nlin" and label("ggap_of_mine") == "ggap_of_mine" and label("") == ""
+    assert label("property.own") == "property.own"
 
 
 def test_names_are_short_where_they_are_alike_and_whole_where_they_are_not():
