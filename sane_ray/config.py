@@ -834,6 +834,7 @@ SAMPLING_METHODS = (
     "sane_interpolation",
     "sane_random",
     "noise",
+    "shared_noise",
     "average",
     "interpolation",
 )
@@ -880,6 +881,7 @@ class SamplingConfig:
             "noise",
             "noise:best",
             "noise:bootstrap",
+            "shared_noise:best",
             "average:best",
             "interpolation:best",
         ]
@@ -887,9 +889,10 @@ class SamplingConfig:
     """What is compared. From SANE's embeddings: `sane_kde` (one anchor a network and independent noise),
     `sane_kde_token` and `sane_kde_dimension` (a density for each token or value), `sane_kde_published` (bandwidth 0.2
     and one seed for all tokens, as published), `sane_gaussian`, `sane_mixture`, `sane_interpolation`, `sane_random`.
-    Without SANE: `scratch`, `anchors`, `noise` (added to anchors, as far as `sane_kde` is from them), `average`,
-    `interpolation`. With `:best` the best of many draws on validation images (the published SUB), with `:bootstrap` the
-    best become the anchors of the next round (BOOT)."""
+    Without SANE: `scratch`, `anchors`, `noise` (added to anchors, as far as `sane_kde` is from them), `shared_noise`
+    (one noise for all tokens, as far as `sane_kde_published` is), `average`, `interpolation`. With `:best` the best of
+    many draws on validation images (the published SUB), with `:bootstrap` the best become the anchors of the next round
+    (BOOT)."""
 
     repetitions: int = 5
     """Networks kept of each method."""

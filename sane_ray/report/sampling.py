@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sane_ray.report.page import Code, Folded, Items, Picture, Section, Table, Text, write_report
-from sane_ray.report.style import CYCLE, GREY, INK, headline, label_axes, new_figure, save
+from sane_ray.report.style import CYCLE, GREY, INK, headline, label_axes, log_scale, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]
 
-WITHOUT_SANE = ("scratch", "anchors", "noise", "average", "interpolation")
+WITHOUT_SANE = ("scratch", "anchors", "noise", "shared_noise", "average", "interpolation")
 """Sources that do not pass through embeddings: drawn in greys and dashed."""
 
 DRAWS = 1000
@@ -112,26 +112,46 @@ def draw_curves(rows: Sequence[Row], path: Path) -> list[Path]:
         rows: ``method``, ``repetition``, ``epoch``, ``test_acc``.
         path: file to write; its ending is replaced by ``.png`` and ``.svg``.
     """
-    figure, axes = new_figure(1, 1, (9.5, 5.6))
+    figure, (accuracy, error) = new_figure(1, 2, (13, 5.6))
     colours = _colours([row["method"] for row in rows])
     epochs = sorted({row["epoch"] for row in rows})
     for method in dict.fromkeys(row["method"] for row in rows):
         columns = [np.array([r["test_acc"] for r in rows if r["method"] == method and r["epoch"] == e]) for e in epochs]
         low, high = np.array([interval(column) for column in columns]).T
-        style = "--" if method.split(":")[0] in WITHOUT_SANE else "-"
-        axes.plot(
-            epochs, [column.mean() for column in columns], style, color=colours[method], label=method, linewidth=1.8
-        )
-        axes.fill_between(epochs, low, high, color=colours[method], alpha=0.1, linewidth=0)
-    axes.set_xscale("symlog", linthresh=2)
-    ticks = [epoch for epoch in (0, 1, 2, 5, 10, 25, 50, 100) if epoch <= epochs[-1]]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(0, epochs[-1])
-    label_axes(axes, "", ylabel="accuracy on test images", xlabel="epochs of training")
-    axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        mean = np.array([column.mean() for column in columns])
+        marks: dict[str, Any] = {"color": colours[method], "label": method, "linewidth": 1.6, **_line(method)}
+        accuracy.plot(epochs, mean, **marks)
+        accuracy.fill_between(epochs, low, high, color=colours[method], alpha=0.08, linewidth=0)
+        error.plot(epochs, np.maximum(1 - mean, _LEAST_ERROR), **marks)
+    for axes in (accuracy, error):
+        _epochs(axes, epochs[-1])
+    label_axes(accuracy, "accuracy", ylabel="accuracy on test images", xlabel="epochs of training")
+    log_scale(error)
+    label_axes(error, "the same as error, to a logarithmic scale", ylabel="error on test images", xlabel="epochs")
+    accuracy.get_legend().remove()
+    error.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     headline(figure, "What sampled networks become with training")
     return save(figure, path)
+
+
+_LEAST_ERROR = 1e-3
+
+
+def _line(method: str) -> dict[str, Any]:
+    """Dashes without SANE; a mark for each selection."""
+    source, _, selection = method.partition(":")
+    marks = {"": "", "best": "o", "bootstrap": "^"}
+    return {"linestyle": "--" if source in WITHOUT_SANE else "-", "marker": marks[selection], "markersize": 3.5}
+
+
+def _epochs(axes: Axes, last: int) -> None:
+    """An axis of epochs with room for the first ones."""
+    ticks = [epoch for epoch in (0, 1, 2, 5, 10, 25, 50, 100) if epoch <= last]
+    if last > 2:
+        axes.set_xscale("symlog", linthresh=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(0, max(last, 1))
 
 
 def draw_early(rows: Sequence[Row], epoch: int, path: Path) -> list[Path]:
@@ -166,10 +186,30 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+_OF_SOURCE = {
+    "scratch": GREY,
+    "anchors": INK,
+    "reconstruction": CYCLE[3],
+    "sane_kde": CYCLE[0],
+    "sane_kde_published": CYCLE[2],
+    "sane_interpolation": CYCLE[5],
+    "noise": CYCLE[1],
+    "shared_noise": CYCLE[4],
+    "interpolation": CYCLE[7],
+    "average": "#8c564b",
+}
+"""The same colour for a source in every picture; others take what is left."""
+
+
 def _colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each source; a method has that of its source."""
     sources = list(dict.fromkeys(name.split(":")[0] for name in names))
-    return {name: CYCLE[sources.index(name.split(":")[0]) % len(CYCLE)] for name in names}
+    others = [source for source in sources if source not in _OF_SOURCE]
+    of_source = _OF_SOURCE | {source: _OTHERS[place % len(_OTHERS)] for place, source in enumerate(others)}
+    return {name: of_source[name.split(":")[0]] for name in names}
+
+
+_OTHERS = ("#7f7fff", "#bcbd22", "#17becf", "#e377c2")
 
 
 def draw_samples(rows: Sequence[Row], candidates: Sequence[Row], index: Row, folder: Path) -> list[Path]:

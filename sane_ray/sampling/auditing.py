@@ -119,12 +119,13 @@ def compare_at_equal_novelty(
 
 CURVES = {
     "noise": "noise added to anchors",
+    "shared_noise": "noise that all tokens share",
     "interpolation": "interpolation of anchors",
     "average": "averages of anchors",
 }
 """Baselines that methods are compared with at equal novelty."""
 
-_WITHOUT_SANE = ("scratch", "anchors", "noise", "average", "interpolation")
+_WITHOUT_SANE = ("scratch", "anchors", "noise", "shared_noise", "average", "interpolation")
 
 
 def verdict(

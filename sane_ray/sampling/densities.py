@@ -66,6 +66,17 @@ def joint_kde(anchors_KNX: Tensor, count: int, seed: int, scale: float) -> Draws
     return Draws(anchors_KNX[chosen_R] + scale * noise_RNX, [[index] for index in chosen_R.tolist()])
 
 
+def shared_kde(anchors_KNX: Tensor, count: int, seed: int, scale: float) -> Draws:
+    """Gaussian kernels with one noise vector for all tokens of a draw: what the published seed comes to, drawn anew.
+
+    With weights for representations it is the baseline of the published draws: noise that all channels share.
+    """
+    rng = _generator(seed)
+    chosen_R = torch.randint(len(anchors_KNX), (count,), generator=rng)
+    noise_R1X = torch.randn(count, 1, anchors_KNX.shape[2], generator=rng)
+    return Draws(anchors_KNX[chosen_R] + scale * noise_R1X, [[index] for index in chosen_R.tolist()])
+
+
 def token_kde(anchors_KNX: Tensor, count: int, seed: int, scale: float) -> Draws:
     """A Gaussian kernel density for each token (paper, section 3.4), drawn independently, so that anchors are mixed."""
     rng = _generator(seed)

@@ -193,7 +193,7 @@ def _write(drawing: Drawing, measuring: Measuring | None, start: float) -> None:
         "anchors": {"words": plan.anchors.words, "ids": plan.anchors.ids},
         "recipe": plan.recipe,
         "bandwidth": sampler.bandwidth,
-        "noise": sampler.matched_noise,
+        "noise": sampler.as_far_as("sane_kde"),
         "exploded": exploded,
         "unit": auditor.unit,
         "usual_agreement": auditor.usual_agreement,

@@ -36,10 +36,10 @@ class Source:
 
     space: Space
     density: Density
-    scale: Literal["bandwidth", "published", "matched", "fraction", "several", "one", "random"]
+    scale: Literal["bandwidth", "published", "matched", "shared", "fraction", "several", "one", "random"]
     """What the density's scale is: the chosen bandwidth, the published one, noise as far from the anchors as
-    `sane_kde`, a fraction of the way to another anchor, some anchors, one deviation, or that of the published random
-    embeddings."""
+    `sane_kde`, or as `sane_kde_published`, a fraction of the way to another anchor, some anchors, one deviation, or
+    that of the published random embeddings."""
     words: str
     """What a table says of it."""
 
@@ -56,6 +56,7 @@ SOURCES: dict[str, Source] = {
     "sane_interpolation": Source("embeddings", densities.interpolation, "fraction", "between embeddings of neighbours"),
     "sane_random": Source("embeddings", densities.random, "random", "random embeddings"),
     "noise": Source("weights", densities.joint_kde, "matched", "noise added to anchors"),
+    "shared_noise": Source("weights", densities.shared_kde, "shared", "noise that all tokens share"),
     "average": Source("weights", densities.average, "several", "means of five anchors"),
     "interpolation": Source("weights", densities.interpolation, "fraction", "between weights of neighbours"),
 }
@@ -63,8 +64,10 @@ SOURCES: dict[str, Source] = {
 
 SWEPT = {
     "sane_kde": "bandwidths",
+    "sane_kde_published": "bandwidths",
     "sane_interpolation": "fractions",
     "noise": "noises",
+    "shared_noise": "noises",
     "interpolation": "fractions",
     "average": "averaged",
 }
@@ -176,10 +179,9 @@ class Sampler:
         least = means[best] - float(scores[best].std(ddof=1)) / len(scores[best]) ** 0.5
         return max(bandwidth for bandwidth, mean in zip(self.bandwidths, means, strict=True) if mean >= least)
 
-    @cached_property
-    def matched_noise(self) -> float:
-        """Noise that brings networks as far from their anchors as ``sane_kde`` does, in the mean."""
-        pool = self.pool("sane_kde", self.bandwidth)
+    def as_far_as(self, source: str) -> float:
+        """Noise that brings networks as far from their anchors as another source does, in the mean."""
+        pool = self.pool(source)
         return float(self.distances(pool.tokens_RNT).mean()) if len(pool) else self.config.noises[0]
 
     def distances(self, tokens_RNT: Tensor) -> NDArray[np.float64]:
@@ -196,7 +198,9 @@ class Sampler:
             case "published":
                 return densities.PUBLISHED_BANDWIDTH
             case "matched":
-                return self.matched_noise
+                return self.as_far_as("sane_kde")
+            case "shared":
+                return self.as_far_as("sane_kde_published")
             case "fraction":
                 return HALF_WAY
             case "several":
@@ -218,8 +222,8 @@ class Sampler:
 
     def sweep(self, source: str) -> Iterator[Pool]:
         """Candidates of a source at each of the scales that its accuracy is drawn against novelty for."""
-        scales = self.bandwidths if source == "sane_kde" else getattr(self.config, SWEPT[source])
-        for scale in scales:
+        field = SWEPT[source]
+        for scale in self.bandwidths if field == "bandwidths" else getattr(self.config, field):
             yield self.pool(source, scale)
 
     def kept(self, method: str) -> Pool:

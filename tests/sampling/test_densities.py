@@ -14,6 +14,7 @@ from sane_ray.sampling.densities import PUBLISHED_SEED, shared_seed_kde
 ALL = (
     densities.anchors_themselves,
     densities.joint_kde,
+    densities.shared_kde,
     densities.token_kde,
     densities.dimension_kde,
     densities.published_kde,
