@@ -27,6 +27,7 @@ from sane_ray.preflight import (
     preflight,
     reachable,
     read_autoscaling_config,
+    room,
 )
 from sane_ray.pretraining.scaling import MemoryNeed, Placement, gigabytes
 
@@ -75,6 +76,20 @@ def test_a_worker_with_its_data_is_never_spread_over_nodes():
     with pytest.raises(InputError, match=r"3 workers need 6 CPUs.*has 6, with room for 2 on 2 nodes: set .* to 2"):
         fit(ClusterConfig(num_workers=3), nodes, None)
     assert fit(ClusterConfig(num_workers=10, cpus_per_worker=0.2, data_cpus=0.1), [node({"CPU": 3.0})], None)
+
+
+def test_room_is_what_nodes_hold_or_may_after_an_autoscaler_has_grown_the_cluster(monkeypatch):
+    nodes = [node({"CPU": 8.0, "GPU": 2.0}, head=True), node({"CPU": 3.0})]
+    limits = Limits({"large": ({"CPU": 32.0}, 4)}, 4)
+    monkeypatch.setattr("ray.nodes", lambda: [each | {"Alive": True} for each in nodes])
+    monkeypatch.setattr("sane_ray.preflight.autoscaling_limits", lambda alive: limits)
+    assert room({"CPU": 1.0, "GPU": 0.0}, "an actor") == 11
+    assert room({"CPU": 1.0, "GPU": 0.25}, "an actor") == 8
+    assert room({"CPU": 16.0, "GPU": 0.0}, "an actor") == 1
+    with pytest.raises(
+        InputError, match=r"an actor needs 16 CPUs and 0\.5 GPUs of one node, .* 32 CPUs and 2 GPUs at its"
+    ):
+        room({"CPU": 16.0, "GPU": 0.5}, "an actor")
 
 
 def test_gpus_are_taken_where_there_are_enough():

@@ -29,6 +29,7 @@ _TRIES = 3  # of building an actor, before it is given up
 _LOOK_SECONDS = 5.0  # at most between two looks at all that runs
 _PATIENCE_SECONDS = 30.0  # without any actor, until that is told
 _LONGEST_TEXT = 1000  # of an error, which may be kept a million times
+_DEVICE_ERROR = "CUDA error"  # in PyTorch's text: all that follows in the process would fail too
 _NODE_DIED = "its node has died"  # in Ray's text, which alone tells it
 _OUT_OF_MEMORY = (
     "its actor was ended since its node ran out of memory: use fewer actors, more CPUs for each of them, or fewer "
@@ -346,7 +347,10 @@ class _Execution(Generic[K, V]):
             value, error = None, _reason(problem)
         except ray.exceptions.RayError as problem:
             return self._lost(item, _reason(problem))
-        self.crew.free.append(item.actor)
+        if error and _DEVICE_ERROR in error:
+            self.crew.end(item.actor)
+        else:
+            self.crew.free.append(item.actor)
         return Outcome(item.key, value, error, item.attempts)
 
     def _overdue(self) -> Iterator[Outcome[K, V] | None]:

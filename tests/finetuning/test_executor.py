@@ -4,7 +4,7 @@ import queue
 import signal
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -58,7 +58,8 @@ def test_each_item_has_one_outcome_though_actors_are_killed(ray_session, tmp_pat
             pid = next((file.name for file in tmp_path.iterdir() if file.name not in killed), None)
             if pid:
                 killed.add(pid)
-                os.kill(int(pid), signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -66,7 +67,7 @@ def test_each_item_has_one_outcome_though_actors_are_killed(ray_session, tmp_pat
     items = ((f"item {number}", number) for number in range(100))
     for outcome in execute(reporting(tmp_path, square), items, actors=3, num_cpus=0.5, retries=100):
         outcomes.append(outcome)
-        if len(outcomes) % 20 == 0:
+        if len(outcomes) % 20 == 10:
             turns.put(True)
     turns.put(False)
     killer.join()
@@ -74,7 +75,7 @@ def test_each_item_has_one_outcome_though_actors_are_killed(ray_session, tmp_pat
         f"item {number}": number**2 for number in range(100)
     }
     assert len(outcomes) == 100 and not any(outcome.error for outcome in outcomes)
-    assert wait_for_end(tmp_path) > 3  # some were replaced
+    assert wait_for_end(tmp_path) > 1  # some were replaced
 
 
 def test_what_ends_its_actor_is_tried_again_and_given_up(ray_session, tmp_path):
@@ -125,19 +126,22 @@ def test_an_exception_is_an_outcome_and_is_not_tried_again(ray_session, tmp_path
             raise ValueError("bad\nweights " + "x" * 10_000)
         if payload == "exit":
             raise SystemExit(3)
+        if payload == "device":
+            raise RuntimeError("CUDA error: device-side assert triggered")
         return threading.Lock() if payload == "lock" else payload
 
-    items = [(payload, payload) for payload in ("raise", "exit", "lock", "works", "works too")]
+    items = [(payload, payload) for payload in ("raise", "exit", "lock", "device", "works", "works too")]
     outcomes = list(execute(reporting(tmp_path, do), items, actors=1, num_cpus=0.5))
     assert [outcome.key for outcome in outcomes] == [key for key, _ in items]
     assert {outcome.attempts for outcome in outcomes} == {1}
-    raised, left, stuck, *good = outcomes
+    raised, left, stuck, device, *good = outcomes
     assert raised.error.startswith("ValueError: bad weights xxx") and "(test_executor.py:" in raised.error
     assert len(raised.error) < 1100
     assert left.error.startswith("SystemExit: 3")
     assert stuck.error.startswith("TypeError: ") and "lock" in stuck.error and "\n" not in stuck.error
+    assert device.error.startswith("RuntimeError: CUDA error")
     assert [outcome.value for outcome in good] == ["works", "works too"]
-    assert wait_for_end(tmp_path) == 1
+    assert wait_for_end(tmp_path) == 2  # a process whose device is broken is not used again
 
 
 def test_what_cannot_be_built_ends_the_run(ray_session):
@@ -177,8 +181,13 @@ def test_items_are_taken_when_an_actor_is_free_and_closing_ends_the_actors(ray_s
             taken += 1
             yield number, number
 
+    def do(number):
+        while sum(1 for _ in tmp_path.iterdir()) < 2:  # actors
+            time.sleep(0.05)
+        return number
+
     most = 0
-    with closing(execute(reporting(tmp_path, str), endless(), actors=2, num_cpus=0.5)) as outcomes:
+    with closing(execute(reporting(tmp_path, do), endless(), actors=2, num_cpus=0.5)) as outcomes:
         for done, _ in enumerate(itertools.islice(outcomes, 50)):
             most = max(most, taken - done)
     assert 0 < most <= 4
@@ -198,7 +207,7 @@ def test_what_is_raised_ends_the_actors(ray_session, tmp_path, by):
             if by == "consumer":
                 raise KeyError("enough")
 
-    with pytest.raises(KeyError, match="no more|enough"):
+    with pytest.raises(KeyError, match=r"no more|enough"):
         consume()
     assert wait_for_end(tmp_path) >= 1
 
