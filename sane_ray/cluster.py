@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sane_ray.config import ClusterConfig
+from sane_ray.config import WorkersConfig
 from sane_ray.errors import InputError
 from sane_ray.interrupts import handlers, set_handlers
 
@@ -28,13 +28,13 @@ QUIET = {
 """Environment, unless the user has set it: Ray's notices stay off the terminal, and nobody is told what runs here."""
 
 
-def named_address(config: ClusterConfig) -> str:
+def named_address(config: WorkersConfig) -> str:
     """The address of the cluster to join; empty where none is named and Ray starts on this machine."""
     return config.address or os.environ.get("RAY_ADDRESS", "")
 
 
 @contextmanager
-def connect(config: ClusterConfig) -> Iterator[None]:
+def connect(config: WorkersConfig) -> Iterator[None]:
     """Joins the cluster at ``config.address`` or ``RAY_ADDRESS``, or starts Ray on this machine, for the block inside.
 
     Inside an already connected process nothing is started or ended. Ray would answer SIGTERM with a stack of its own;
@@ -144,8 +144,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def required_cpus(config: ClusterConfig) -> int:
-    """CPUs that training takes at least, its workers and their data streams together, rounded up.
+def required_cpus(config: WorkersConfig) -> int:
+    """CPUs that workers take at least, with their data streams where they have any, rounded up.
 
     An elastic pair counts with its lower end: a laptop begins with what it has.
     """

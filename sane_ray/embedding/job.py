@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 from sane_ray.autoencoder.folders import CONFIG_FILE, MODEL_FOLDER
 from sane_ray.cluster import default_storage, local_path
-from sane_ray.config import ClusterConfig, EmbedJob, to_dict
+from sane_ray.config import EmbedJob, WorkersConfig, to_dict
 from sane_ray.embedding import Embeddings
 from sane_ray.embedding.reading import INDEX_FILE, LAYERS_FILE
 from sane_ray.embedding.writing import Plan, embed, is_complete, plan_records, plan_store
@@ -65,11 +66,22 @@ def run(config: EmbedJob, dry_run: bool) -> None:
             params={"embedding": to_dict(config.embedding), "model": str(plan.model), "source": plan.source},
             folder=storage / UNSENT_FOLDER,
         ) as tracker:
-            embeddings = embed(plan, config.cluster)
+            embeddings = embed_telling(plan, config.cluster)
             draw(plan, embeddings)
             log(embeddings, tracker)
             (plan.output / LOGGED_FILE).touch()
     print(report(Embeddings.open(plan.output), default_uri(storage), already=already))
+
+
+def embed_telling(plan: Plan, cluster: WorkersConfig | None = None) -> Embeddings:
+    """Embeds; who interrupts that is told what is kept of it."""
+    try:
+        return embed(plan, cluster)
+    except KeyboardInterrupt:
+        done = plan.checkpoints_done
+        kept = f"{done:,} of {plan.checkpoints:,} networks are embedded, and kept: the same command embeds the rest"
+        print(kept if done else "no network is embedded yet: the same command begins anew", file=sys.stderr)
+        raise
 
 
 def plan_of(config: EmbedJob, storage: Path) -> Plan:
@@ -79,12 +91,10 @@ def plan_of(config: EmbedJob, storage: Path) -> Plan:
         InputError: No model is named, not exactly one of store and source, or they cannot be used.
     """
     if not config.model:
-        raise InputError("config field model is '': name the folder of a trained model (--model), or of its run")
+        raise InputError("--model is missing: name the folder of a trained model, or of its run")
     if bool(config.store) == bool(config.source):
-        raise InputError(
-            f"config field store is {config.store!r} and source is {config.source!r}: name one of them, a token store "
-            "(--store) or checkpoints (--source)"
-        )
+        named = f"--store {config.store} and --source {config.source}" if config.store else "neither is named"
+        raise InputError(f"{named}: name either a token store (--store) or checkpoints (--source)")
     model = model_folder(local_path(config.model, "model"))
     networks = local_path(config.store, "store") if config.store else _source(config).path
     default = storage / "embeddings" / f"{networks.name.split('.')[0]}-{model_name(model)}"
@@ -107,7 +117,7 @@ def model_name(model: Path) -> str:
     return model.parent.name if model.name == MODEL_FOLDER else model.name
 
 
-def describe(plan: Plan, cluster: ClusterConfig) -> str:
+def describe(plan: Plan, cluster: WorkersConfig) -> str:
     """What would be done."""
     lines = [
         f"would embed {plan.checkpoints:,} checkpoints of {plan.source['path']} ({plan.size / 1e6:,.1f} MB)",

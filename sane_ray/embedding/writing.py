@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from sane_ray import __version__
 from sane_ray.autoencoder.model import CONFIG_FILE, SANE, WEIGHTS_FILE
 from sane_ray.cluster import connect, named_address
-from sane_ray.config import ClusterConfig, EmbeddingConfig
+from sane_ray.config import EmbeddingConfig, WorkersConfig
 from sane_ray.embedding.encoder import QUANTILES, Embedder, choose_format, window_and_halo
 from sane_ray.embedding.networks import (
     CheckpointNetworks,
@@ -98,11 +98,16 @@ class Plan:
         return sum(len(unit.rows) for unit in self.units)
 
     @property
+    def checkpoints_done(self) -> int:
+        """How many of them are embedded already, in parts that are whole."""
+        return self.checkpoints - sum(len(unit.rows) for unit in _missing(self))
+
+    @property
     def is_small(self) -> bool:
         """Whether they are few and small: embedded in less time than Ray takes to start."""
         return self.checkpoints <= SMALL_CHECKPOINTS and self.size <= SMALL_BYTES
 
-    def runs_here(self, cluster: ClusterConfig) -> bool:
+    def runs_here(self, cluster: WorkersConfig) -> bool:
         """Whether they are embedded in this process, without Ray.
 
         What is small is, unless GPUs are asked for that are not here, or several workers that there is work for. A
@@ -116,7 +121,7 @@ class Plan:
             return self.is_small and cluster.max_workers == 1
         return self.is_small or gpu_here or cluster.gpu == "no" or not named_address(cluster)
 
-    def place(self, cluster: ClusterConfig) -> str:
+    def place(self, cluster: WorkersConfig) -> str:
         """Where they are embedded, in words."""
         if not self.runs_here(cluster):
             return "by actors on Ray"
@@ -231,13 +236,13 @@ def is_complete(plan: Plan) -> bool:
     return complete
 
 
-def embed(plan: Plan, cluster: ClusterConfig | None = None) -> Embeddings:
+def embed(plan: Plan, cluster: WorkersConfig | None = None) -> Embeddings:
     """Embeds what is not embedded yet, on the Ray that ``cluster`` names, or in this process where that is little.
 
     Raises:
         InputError: Nothing could be embedded, another run is writing the folder, or it holds something else.
     """
-    cluster = cluster or ClusterConfig()
+    cluster = cluster or WorkersConfig()
     with _held(plan.output):
         if not is_complete(plan):
             plan = _as_begun(plan)
@@ -254,7 +259,7 @@ Workers = Resources | torch.device
 
 
 @contextlib.contextmanager
-def _workers(plan: Plan, cluster: ClusterConfig) -> Iterator[Workers]:
+def _workers(plan: Plan, cluster: WorkersConfig) -> Iterator[Workers]:
     """This process, or a connected Ray that has what is asked for."""
     if plan.runs_here(cluster):
         if cluster.max_workers > 1:
@@ -307,7 +312,7 @@ def _make_parts(plan: Plan, missing: Sequence[Unit], workers: Workers) -> None:
     for left in (plan.output / PARTS_FOLDER).glob(".*"):
         shutil.rmtree(left, ignore_errors=True)
     with progress_bar("embed networks", plan.checkpoints, unit="network") as progress:
-        progress.update(plan.checkpoints - sum(len(unit.rows) for unit in missing))
+        progress.update(plan.checkpoints_done)
         for unit, error in _embedded(plan, missing, workers):
             if error:
                 raise InputError(error)
