@@ -26,6 +26,7 @@ from sane_ray.analysis.maps import close_map, places, principal_map
 from sane_ray.analysis.tables import correlations, write_tables
 from sane_ray.embedding import Embeddings
 from sane_ray.properties.prediction import by_validation
+from sane_ray.properties.table import counted
 from sane_ray.report.protocols import epochs_figure, has_epochs, has_transfer, transfer_figure
 from sane_ray.report.reading import (
     depth_figure,
@@ -104,7 +105,7 @@ def draw_embeddings(
         drawn += _draw_spectra(folder, found, note)
         return drawn + write_tables(folder, models, found)
     drawn = _draw_zoo(embeddings, folder, found, colours)
-    title = f"{len(of_commonest.ids):,} networks of architecture {shorten(commonest, 50)}"
+    title = f"{counted(len(of_commonest.ids), 'network')} of architecture {shorten(commonest, 50)}"
     note_here = unknown(embeddings, [commonest])
     drawn += save(depth_figure(of_commonest.layers, of_commonest.measures, title, note_here), folder / "depth.png")
     if len(found) > 1:

@@ -47,7 +47,7 @@ from sane_ray.embedding.networks import (
 )
 from sane_ray.embedding.parts import PARTS_FOLDER, Gathered, Part, gather, part_folder
 from sane_ray.embedding.preprocessing import Preprocessing
-from sane_ray.embedding.reading import FORMAT, INDEX_FILE, VERSION, Embeddings, read_index
+from sane_ray.embedding.reading import FORMAT, IDENTITY_FILE, INDEX_FILE, VERSION, Embeddings, read_index
 from sane_ray.errors import InputError
 from sane_ray.preflight import Resources, preflight
 from sane_ray.tokens.store.inputs import SMALL_BYTES, look
@@ -59,7 +59,6 @@ from sane_ray.zoo.tables import text_column, value_columns
 SMALL_CHECKPOINTS = 20_000
 """So many, if they are small too, are embedded in this process in less time than Ray takes to start."""
 
-IDENTITY_FILE = "identity.json"
 _LOCK = ".lock"
 _NO_MATTER = ("tokens_at_once",)
 """Settings that change how the work is done, not what comes out (but for the rounding of float sums)."""
@@ -191,7 +190,7 @@ def plan_records(
     """
     opened = SANE.from_pretrained(model)
     window_and_halo(opened.config, config)
-    warnings = Preprocessing(opened).warnings_of("none")
+    warnings = Preprocessing(opened).warnings_of("none", alone=len(records) == 1)
     shared = Counter(record.path for record in records)
     looks = {place: look(place) for place in shared}
     sizes = [max(looks[record.path][0], 0) / shared[record.path] for record in records]
