@@ -120,7 +120,7 @@ def model_name(model: Path) -> str:
 def describe(plan: Plan, cluster: WorkersConfig) -> str:
     """What would be done."""
     lines = [
-        f"would embed {plan.checkpoints:,} checkpoints of {plan.source['path']} ({plan.size / 1e6:,.1f} MB)",
+        f"would embed {_counted(plan.checkpoints, 'checkpoint')} of {plan.source['path']} ({plan.size / 1e6:,.1f} MB)",
         f"with        {plan.model}",
         f"to          {plan.output}, {plan.place(cluster)}",
         *(f"left out    {reason}" for reason in plan.refused.values()),

@@ -55,6 +55,8 @@ def run(config: PredictJob, dry_run: bool) -> None:
         print(describe(zoos, config.properties, output, prediction.doubts))
         print("dry run: nothing was started")
         return
+    if already:
+        print(f"nothing to do: {output} holds the results of these checkpoints and this config")
     for zoo in zoos:
         print(zoo_line(facts_of(zoo)), flush=True)
     if not (already and (output / LOGGED_FILE).exists()):
@@ -70,8 +72,6 @@ def run(config: PredictJob, dry_run: bool) -> None:
             report(results, prediction, output)
             log(results, output, tracker)
             (output / LOGGED_FILE).touch()
-    if already:
-        print(f"nothing to do: {output} holds the results of these checkpoints and this config")
     print(ending(read_results(output), output, storage))
 
 

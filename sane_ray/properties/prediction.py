@@ -119,12 +119,14 @@ class Prediction:
             InputError: No target at all can be predicted, or store and embeddings do not fit each other.
         """
         self.check()
-        with progress_bar("fit probes", len(self.config.features) * self._fits_of_a_set, "fit") as progress:
+        each = self._fits_of_a_set
+        with progress_bar("fit probes", len(self.config.features) * each, "fit") as progress:
             self.source.prepare(self.config.features)
-            for name in self.config.features:
+            for place, name in enumerate(self.config.features, 1):
                 for judged in self._features(name):
                     self.judged.append(judged)
                     progress.update()
+                progress.update(place * each - progress.n)  # of a set that cannot be had
 
     def best(self, target: str) -> Judged | None:
         """Of the fits of a target on the zoo's own split, the one that did best on validation models.

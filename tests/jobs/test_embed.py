@@ -154,7 +154,7 @@ def test_a_single_network_is_not_advised_to_become_a_store(made, tmp_path, capsy
     job = EmbedJob(model=str(tmp_path / "model"), source=str(tmp_path / "one.safetensors"), storage=str(tmp_path))
     embed.main(job, True)
     printed = capsys.readouterr().out
-    assert "tokens.align weights, this one with none" in printed and "prepare" not in printed
+    assert "tokens.align weights, this one with none" in printed and "prepare them" not in printed
 
 
 def test_an_interruption_tells_what_is_kept(made, tmp_path, capsys, monkeypatch):
