@@ -3,6 +3,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Of what pip prints, the signs of life; its errors go past this. A pipe ends with the status of its last command, so pip's own is kept.
+PROGRESS := /^ *(Collecting|Downloading|Using cached|Building|Installing|Successfully)/
 
 .PHONY: help venv demo test lint bench clean
 .DEFAULT_GOAL := help
@@ -18,7 +20,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  || { echo "error: Python 3.11 or newer is needed, $$($(PYTHON) --version) was found: make PYTHON=python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes the first time, about 2 GB)"
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@{ $(BIN)/pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS) -c constraints.txt -e '.[dev]'; \
+	  echo $$? > .venv/pip-status; } | awk '$(PROGRESS) { print substr($$0, 1, 100); fflush() }'; \
+	exit "$$(cat .venv/pip-status)"
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED)  ## Zoo -> token store -> pretrained SANE on real data, in minutes

@@ -31,9 +31,12 @@ def main(config: BuildZooJob, dry_run: bool) -> None:
     if dry_run:
         print(describe(plan, zoo))
         return
-    with connect(config.cluster):
-        build_zoo(config.zoo, zoo)
-    print(f"{len(plan.models):,} models in {zoo}; next: {command('python')} jobs/prepare.py --source {zoo}")
+    missing = plan.missing(zoo)
+    if missing:
+        with connect(config.cluster):
+            build_zoo(config.zoo, zoo)
+    already = "" if missing else "nothing to do: "
+    print(f"{already}{len(plan.models):,} models in {zoo}; next: {command('python')} jobs/prepare.py --source {zoo}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ Config = TypeVar("Config", bound="DataclassInstance")
 BAD_INPUT = 2
 """Exit status when the input is wrong; 1 is left to defects and failures."""
 
-_INTERRUPTED = "interrupted: the same command goes on from what is done (a second Ctrl-C ends at once)"
+_INTERRUPTED = "interrupted (a second Ctrl-C ends at once)"
+"""What is kept, whoever does the work says: it knows how far it was."""
 
 
 def run_job(

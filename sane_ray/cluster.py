@@ -9,15 +9,18 @@ import logging
 import math
 import os
 import socket
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sane_ray.config import ClusterConfig
+from sane_ray.config import WorkersConfig
 from sane_ray.errors import InputError
 from sane_ray.interrupts import handlers, set_handlers
 
 _TOLERANCE = 1e-6  # of sums of fractions of CPUs
+_LONGEST_REASON = 300  # of what Ray says
 
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -28,13 +31,13 @@ QUIET = {
 """Environment, unless the user has set it: Ray's notices stay off the terminal, and nobody is told what runs here."""
 
 
-def named_address(config: ClusterConfig) -> str:
+def named_address(config: WorkersConfig) -> str:
     """The address of the cluster to join; empty where none is named and Ray starts on this machine."""
     return config.address or os.environ.get("RAY_ADDRESS", "")
 
 
 @contextmanager
-def connect(config: ClusterConfig) -> Iterator[None]:
+def connect(config: WorkersConfig) -> Iterator[None]:
     """Joins the cluster at ``config.address`` or ``RAY_ADDRESS``, or starts Ray on this machine, for the block inside.
 
     Inside an already connected process nothing is started or ended. Ray would answer SIGTERM with a stack of its own;
@@ -106,6 +109,9 @@ def local_ray(num_cpus: int, temp_dir: str | None = None) -> Iterator[None]:
     """A Ray of our own on this machine for the block's duration: token on, dashboard on a free loopback port.
 
     Ray Train's housekeeping asks the dashboard which actors live; naming its address keeps it from another Ray's.
+
+    Raises:
+        InputError: it does not start; says where its logs are, which Ray itself would print.
     """
     import ray
 
@@ -118,16 +124,7 @@ def local_ray(num_cpus: int, temp_dir: str | None = None) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=port,
-            log_to_driver=True,
-            logging_level=logging.WARNING,
-            _temp_dir=temp_dir,
-        )
+        _start(num_cpus, port, temp_dir)
         yield
     finally:
         ray.shutdown()
@@ -138,14 +135,48 @@ def local_ray(num_cpus: int, temp_dir: str | None = None) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _start(num_cpus: int, port: int, temp_dir: str | None) -> None:
+    import ray
+
+    began = time.time()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+            log_to_driver=True,
+            logging_level=logging.CRITICAL,  # of what fails, the sentence below is told
+            _temp_dir=temp_dir,
+        )
+    except Exception as error:  # Ray raises what comes, with pages of its logs
+        folder = Path(temp_dir or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+        raise InputError(not_started(error, folder, began)) from error
+    logging.getLogger("ray").setLevel(logging.WARNING)
+
+
+def not_started(error: Exception, folder: Path, began: float) -> str:
+    """A sentence on a Ray that does not start: its first words, and where its logs are, if it came to writing any."""
+    first = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    roots = (folder, folder / "ray")
+    sessions = [path for root in roots for path in root.glob("session_2*/logs") if path.stat().st_mtime >= began - 1]
+    logs = max(sessions, key=lambda path: path.stat().st_mtime, default=None)
+    where = f"its logs are in {logs}" if logs else "it has written no logs"
+    return (
+        f"Ray does not start on this machine ({first[:_LONGEST_REASON]}): {where}; look for too little memory, disk or "
+        "open files (ulimit -n), or name a cluster that runs by --cluster.address"
+    )
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def required_cpus(config: ClusterConfig) -> int:
-    """CPUs that training takes at least, its workers and their data streams together, rounded up.
+def required_cpus(config: WorkersConfig) -> int:
+    """CPUs that workers take at least, with their data streams where they have any, rounded up.
 
     An elastic pair counts with its lower end: a laptop begins with what it has.
     """

@@ -446,21 +446,50 @@ class PretrainingConfig:
 
 
 @dataclass(kw_only=True, frozen=True)
-class ClusterConfig:
+class WorkersConfig:
     """Where the work runs and what it asks for."""
 
     address: str = ""
     """Ray address to join; empty joins RAY_ADDRESS if set (as in `ray job submit`), else starts Ray on this machine."""
 
     num_workers: int | tuple[int, int] = 1
-    """Training workers (data-parallel). A pair such as [2, 8] is elastic: training begins with what the cluster has,
-    and grows and shrinks with it."""
+    """Workers that share the work. A pair such as [2, 8] is elastic: it begins with what the cluster has, and grows and
+    shrinks with it."""
 
     cpus_per_worker: float = 1.0
-    """CPUs a training worker reserves, and threads of its matrix products."""
+    """CPUs a worker reserves, and threads of its matrix products."""
 
     gpu: Literal["auto", "yes", "no"] = "auto"
-    """Whether each training worker takes a GPU; `auto` takes one when the cluster has enough."""
+    """Whether each worker takes a GPU; `auto` takes one when the cluster has enough."""
+
+    def __post_init__(self) -> None:
+        _check(
+            1 <= self.min_workers <= self.max_workers,
+            "cluster.num_workers",
+            self.num_workers,
+            "must be at least 1, or a pair [least, most] such as [2, 8], the first not greater than the second",
+        )
+        _check(self.cpus_per_worker > 0, "cluster.cpus_per_worker", self.cpus_per_worker, "must be positive")
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers that the work goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers that it grows to."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def data_cpus(self) -> float:
+        """CPUs reserved beside each worker's own: none, where no data stream feeds it."""
+        return 0.0
+
+
+@dataclass(kw_only=True, frozen=True)
+class ClusterConfig(WorkersConfig):
+    """Where the work runs and what it asks for."""
 
     data_cpus: float = 1.0
     """CPUs of the data stream of each training worker, on the same node, reserved beside the worker's own. The stream
@@ -473,26 +502,10 @@ class ClusterConfig:
     """Worker failures survived, each by a restart from the last checkpoint, before the run fails."""
 
     def __post_init__(self) -> None:
-        _check(
-            1 <= self.min_workers <= self.max_workers,
-            "cluster.num_workers",
-            self.num_workers,
-            "must be at least 1, or a pair [least, most] such as [2, 8], the first not greater than the second",
-        )
+        super().__post_init__()
         _check(self.resize_seconds > 0, "cluster.resize_seconds", self.resize_seconds, "must be positive")
-        _check(self.cpus_per_worker > 0, "cluster.cpus_per_worker", self.cpus_per_worker, "must be positive")
         _check(self.data_cpus > 0, "cluster.data_cpus", self.data_cpus, "must be positive")
         _check(self.max_failures >= 0, "cluster.max_failures", self.max_failures, "must not be negative")
-
-    @property
-    def min_workers(self) -> int:
-        """Fewest workers that training goes on with."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
-
-    @property
-    def max_workers(self) -> int:
-        """Most workers that training grows to."""
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -649,7 +662,7 @@ class EmbedJob:
     """Root of all results, shared by all nodes; empty is ./results (inside a submitted Ray job: ~/sane_ray_results)."""
 
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: WorkersConfig = field(default_factory=WorkersConfig)
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sane_ray.config import ClusterConfig
+from sane_ray.config import WorkersConfig
 from sane_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Limits:
     """Most worker nodes of all types together."""
 
 
-def preflight(config: ClusterConfig, need: MemoryNeed | None = None, storage: Path | None = None) -> Resources:
+def preflight(config: WorkersConfig, need: MemoryNeed | None = None, storage: Path | None = None) -> Resources:
     """Compares what a run asks for with what the connected cluster has or may grow to; answers within ten seconds.
 
     Args:
@@ -93,7 +93,7 @@ def preflight(config: ClusterConfig, need: MemoryNeed | None = None, storage: Pa
     return resources
 
 
-def fit(config: ClusterConfig, alive: Sequence[Mapping[str, Any]], limits: Limits | None) -> Resources:
+def fit(config: WorkersConfig, alive: Sequence[Mapping[str, Any]], limits: Limits | None) -> Resources:
     """What a run gets of nodes as ``ray.nodes`` tells them, and of those that an autoscaler may add.
 
     Raises:
@@ -122,7 +122,7 @@ def fit(config: ClusterConfig, alive: Sequence[Mapping[str, Any]], limits: Limit
 
 
 def _too_small(
-    config: ClusterConfig,
+    config: WorkersConfig,
     resources: Resources,
     nodes: Sequence[Mapping[str, float]],
     places: int,
@@ -138,10 +138,12 @@ def _too_small(
     elif free >= 1 and free < resources.cpus_per_worker:
         remedy = f"lower cluster.cpus_per_worker to {free}"
     else:
-        remedy = f"lower cluster.cpus_per_worker and cluster.data_cpus to {largest:g} together"
+        both = "cluster.cpus_per_worker and cluster.data_cpus to {} together"
+        remedy = f"lower {(both if resources.data_cpus else 'cluster.cpus_per_worker to {}').format(f'{largest:g}')}"
+    stream = f" and {resources.data_cpus:g} for its data stream" if resources.data_cpus else ""
     return (
-        f"{_workers(wanted)} {wanted * each:g} CPUs ({resources.cpus_per_worker:g} each and {resources.data_cpus:g} "
-        f"for its data stream{', and a GPU' if resources.gpu else ''}), but the cluster has {cpus:g}"
+        f"{_workers(wanted)} {wanted * each:g} CPUs ({resources.cpus_per_worker:g} each{stream}"
+        f"{', and a GPU' if resources.gpu else ''}), but the cluster has {cpus:g}"
         f"{_grown(limits)}, with room for {places} on {len(nodes)} nodes: {remedy}, or add nodes"
     )
 

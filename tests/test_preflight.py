@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sane_ray.config import AutoencoderConfig, ClusterConfig, LossConfig, PretrainingConfig
+from sane_ray.config import AutoencoderConfig, ClusterConfig, LossConfig, PretrainingConfig, WorkersConfig
 from sane_ray.errors import InputError
 from sane_ray.preflight import (
     Limits,
@@ -61,6 +61,8 @@ def test_what_fits_is_granted(ray_session):
         (ClusterConfig(num_workers=(3, 9)), r"cluster\.num_workers to \[2, 9\]"),
         (ClusterConfig(cpus_per_worker=8), r"^1 worker needs 9 CPUs.*lower cluster\.cpus_per_worker to 3,"),
         (ClusterConfig(cpus_per_worker=4, data_cpus=4), r"cluster\.cpus_per_worker and cluster\.data_cpus to 4 togeth"),
+        (WorkersConfig(num_workers=5), r"^5 workers need 5 CPUs \(1 each\), but .*cluster\.num_workers to 4, or add"),
+        (WorkersConfig(cpus_per_worker=4.5), r"^1 worker needs 4\.5 CPUs .*: lower cluster\.cpus_per_worker to 4, or"),
         (ClusterConfig(num_workers=2, cpus_per_worker=3, data_cpus=0.1), r"2 workers need 6\.2 CPUs"),
         (ClusterConfig(gpu="yes"), r"cluster\.gpu 'yes', but the cluster has 0 GPUs: set cluster\.gpu to 'no'"),
     ],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
 from pathlib import Path
+
+from sane_ray.nearby import LISTED, inside, is_zoo, near
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -24,61 +24,32 @@ _KNOWN = {
 }
 """What a folder is by a file in it."""
 
-_LISTED = 3
-_LOOKED_AT = 300
-"""Folders that are looked into at most."""
-_DEEPEST = 3
-
 
 def instead_of_model(folder: Path) -> str:
     """What is in the place of a model, where models are to be found, and which are near, as the end of a sentence."""
-    if folder.is_dir():
-        return f"{_what_is(folder)}; {WHERE}{_listed(_models(folder) or _models(folder.parent))}"
-    what = "is a file" if folder.is_file() else "does not exist"
-    above = next((above for above in folder.absolute().parents if above.is_dir()), Path("/"))
-    models = sorted(_models(above), key=lambda model: -_alike(model, folder))
-    return f"{what}; {WHERE}{_listed(models)}"
+    if is_zoo(folder):
+        return (
+            "is a zoo of checkpoints, and --model names a trained SANE: name the zoo by --source to embed it with one; "
+            f"to train one on it, `python jobs/prepare.py --source {folder} --store STORE` and `python "
+            f"jobs/pretrain.py --store STORE`{near(folder, _holds_model)}"
+        )
+    what = _what_is(folder) if folder.is_dir() else "is a file" if folder.is_file() else "does not exist"
+    return f"{what}; {WHERE}{near(folder, _holds_model)}"
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder has the files of a trained model."""
+    return (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
+
+
+def _holds_model(folder: Path) -> bool:
+    return is_model(folder) or is_model(folder / MODEL_FOLDER)
 
 
 def _what_is(folder: Path) -> str:
     known = next((words for name, words in _KNOWN.items() if (folder / name).is_file()), None)
     if known is not None:
         return known
-    names = [path.name + "/" * path.is_dir() for path in _inside(folder)]
-    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
-    return f"holds {', '.join(names[:_LISTED])}{more}, and no model" if names else "is empty"
-
-
-def _models(folder: Path) -> list[Path]:
-    """Runs and models below a folder, near ones first."""
-    found, level, looked_at = list[Path](), [folder], 0
-    for _ in range(_DEEPEST):
-        below = [path for each in level for path in _inside(each) if path.is_dir()]
-        below = below[: max(0, _LOOKED_AT - looked_at)]
-        looked_at += len(below)
-        models = [path for path in below if _is_model(path) or _is_model(path / MODEL_FOLDER)]
-        found += models
-        level = [path for path in below if path not in models]
-    return found
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file()
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    try:
-        yield from sorted(path for path in folder.iterdir() if path.name[0] != ".")
-    except OSError:
-        return
-
-
-def _listed(models: list[Path]) -> str:
-    if not models:
-        return ""
-    more = f" and {len(models) - _LISTED:,} more" if len(models) > _LISTED else ""
-    return f"; near it are {', '.join(map(str, models[:_LISTED]))}{more}"
-
-
-def _alike(one: Path, other: Path) -> float:
-    return difflib.SequenceMatcher(None, one.name, other.name).ratio()
+    names = [path.name + "/" * path.is_dir() for path in inside(folder)]
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return f"holds {', '.join(names[:LISTED])}{more}, and no model" if names else "is empty"

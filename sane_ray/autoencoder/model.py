@@ -31,6 +31,7 @@ from sane_ray.autoencoder.halo import Windows
 from sane_ray.autoencoder.positions import POSITION_NAMES, PositionEmbedding, SinusoidalPositions
 from sane_ray.config import AutoencoderConfig
 from sane_ray.errors import InputError
+from sane_ray.nearby import is_zoo
 
 if TYPE_CHECKING:
     from sane_ray.tokens.normalization import Normalization
@@ -551,6 +552,8 @@ def _read_config(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any], dict[
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): copy the model folder again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if is_zoo(folder):
+            raise InputError(f"model {folder} {instead_of_model(folder)}")
         raise InputError(f"{path} is not a sane_ray autoencoder: its format must be {FORMAT!r}; {WHERE}")
     if content.get("format_version") != FORMAT_VERSION:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ import pyarrow.compute as pc
 
 from sane_ray.autoencoder.folders import CONFIG_FILE, MODEL_FOLDER
 from sane_ray.cluster import default_storage, local_path
-from sane_ray.config import ClusterConfig, EmbedJob, to_dict
+from sane_ray.config import EmbedJob, WorkersConfig, to_dict
 from sane_ray.embedding import Embeddings
 from sane_ray.embedding.reading import INDEX_FILE, LAYERS_FILE
 from sane_ray.embedding.writing import Plan, embed, is_complete, plan_records, plan_store
 from sane_ray.errors import InputError
+from sane_ray.report.names import counted
 from sane_ray.shell import command, this_command
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.reading import json_digest
@@ -65,11 +67,22 @@ def run(config: EmbedJob, dry_run: bool) -> None:
             params={"embedding": to_dict(config.embedding), "model": str(plan.model), "source": plan.source},
             folder=storage / UNSENT_FOLDER,
         ) as tracker:
-            embeddings = embed(plan, config.cluster)
+            embeddings = embed_telling(plan, config.cluster)
             draw(plan, embeddings)
             log(embeddings, tracker)
             (plan.output / LOGGED_FILE).touch()
     print(report(Embeddings.open(plan.output), default_uri(storage), already=already))
+
+
+def embed_telling(plan: Plan, cluster: WorkersConfig | None = None) -> Embeddings:
+    """Embeds; who interrupts that is told what is kept of it."""
+    try:
+        return embed(plan, cluster)
+    except KeyboardInterrupt:
+        done = plan.checkpoints_done
+        kept = f"{done:,} of {plan.checkpoints:,} networks are embedded, and kept: the same command embeds the rest"
+        print(kept if done else "no network is embedded yet: the same command begins anew", file=sys.stderr)
+        raise
 
 
 def plan_of(config: EmbedJob, storage: Path) -> Plan:
@@ -79,12 +92,10 @@ def plan_of(config: EmbedJob, storage: Path) -> Plan:
         InputError: No model is named, not exactly one of store and source, or they cannot be used.
     """
     if not config.model:
-        raise InputError("config field model is '': name the folder of a trained model (--model), or of its run")
+        raise InputError("--model is missing: name the folder of a trained model, or of its run")
     if bool(config.store) == bool(config.source):
-        raise InputError(
-            f"config field store is {config.store!r} and source is {config.source!r}: name one of them, a token store "
-            "(--store) or checkpoints (--source)"
-        )
+        named = f"--store {config.store} and --source {config.source}" if config.store else "neither is named"
+        raise InputError(f"{named}: name either a token store (--store) or checkpoints (--source)")
     model = model_folder(local_path(config.model, "model"))
     networks = local_path(config.store, "store") if config.store else _source(config).path
     default = storage / "embeddings" / f"{networks.name.split('.')[0]}-{model_name(model)}"
@@ -107,10 +118,10 @@ def model_name(model: Path) -> str:
     return model.parent.name if model.name == MODEL_FOLDER else model.name
 
 
-def describe(plan: Plan, cluster: ClusterConfig) -> str:
+def describe(plan: Plan, cluster: WorkersConfig) -> str:
     """What would be done."""
     lines = [
-        f"would embed {plan.checkpoints:,} checkpoints of {plan.source['path']} ({plan.size / 1e6:,.1f} MB)",
+        f"would embed {counted(plan.checkpoints, 'checkpoint')} of {plan.source['path']} ({plan.size / 1e6:,.1f} MB)",
         f"with        {plan.model}",
         f"to          {plan.output}, {plan.place(cluster)}",
         *(f"left out    {reason}" for reason in plan.refused.values()),
@@ -169,7 +180,7 @@ def report(embeddings: Embeddings, uri: str, *, already: bool) -> str:
     pictures = sorted((embeddings.path / PICTURES).glob("*.png"))
     done = (
         f"{'nothing to do: ' if already else ''}embeddings {embeddings.path}: "
-        f"{_counted(len(embeddings.models), 'checkpoint')}, {_counted(embeddings.num_layers, 'layer')}, "
+        f"{counted(len(embeddings.models), 'checkpoint')}, {counted(embeddings.num_layers, 'layer')}, "
         f"{embeddings.latent_dim} values each; next: {following(embeddings, pictures)}"
     )
     seen = [*(f"picture  {path}" for path in pictures), f"report   {embeddings.path / REPORT_FILE}"]
@@ -183,10 +194,6 @@ def following(embeddings: Embeddings, pictures: Sequence[Path]) -> str:
         return f"{command('python')} jobs/predict.py --embeddings {shlex.quote(str(embeddings.path))}"
     first = next((path for path in pictures if path.stem in ("network", "family", "map")), pictures[0])
     return f"look at {first}"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def left_out(embeddings: Embeddings) -> Iterator[str]:
@@ -207,7 +214,7 @@ def unknown(embeddings: Embeddings) -> Iterator[str]:
     for name, trained_on in embeddings.index["trained_on"].items():
         if not trained_on:
             yield (
-                f"warning: {_counted(counts[name], 'checkpoint')} of the architecture {name}, which the model was not "
+                f"warning: {counted(counts[name], 'checkpoint')} of the architecture {name}, which the model was not "
                 "trained on: their layers are normalised like those of the same kind in its training, and their "
                 "embeddings are no better than their reconstruction is (explained_variance in "
                 f"{embeddings.path / LAYERS_FILE})"

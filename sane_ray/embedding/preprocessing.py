@@ -93,7 +93,7 @@ class Preprocessing:
         self._check_tokenised_alike(table, settings or {})
         return Prepared(architecture.name, table, self._of_kinds(table), trained_on=False, stored=normalization)
 
-    def warnings_of(self, align: str) -> list[str]:
+    def warnings_of(self, align: str, *, alone: bool = False) -> list[str]:
         """What does not keep networks from being embedded, but makes their embeddings others than in training.
 
         Alignment reorders the channels of a network and leaves its function as it is: its tokens are those of a valid
@@ -101,14 +101,16 @@ class Preprocessing:
 
         Args:
             align: How the networks are aligned, as ``tokens.align`` says it.
+            alone: Whether it is a single network, of which no store is made.
         """
         trained = self._said.get("align", align)
         if trained == align:
             return []
+        remedy = "" if alone else f"; prepare them with --tokens.align {trained} and embed that store"
         return [
-            f"the networks of the model's training were prepared with tokens.align {trained}, these with {align}: "
-            "their channels come in another order than the model has learned, and embeddings and errors may be worse "
-            f"for it; prepare them with --tokens.align {trained} and embed that store"
+            f"the networks of the model's training were prepared with tokens.align {trained}, "
+            f"{'this one' if alone else 'these'} with {align}: channels come in another order than the model has "
+            f"learned, and embeddings and errors may be worse for it{remedy}"
         ]
 
     def _check_tokenised_alike(self, table: LayerTable, settings: Mapping[str, str]) -> None:

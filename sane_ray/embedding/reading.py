@@ -28,11 +28,15 @@ from numpy.typing import NDArray
 
 from sane_ray.embedding.encoder import SHAPE, VECTORS
 from sane_ray.errors import InputError
+from sane_ray.nearby import near
+from sane_ray.tokens.store import is_store
 
 FORMAT = "sane_ray embeddings"
 VERSION = 1
 
 INDEX_FILE = "embeddings.json"
+IDENTITY_FILE = "identity.json"
+"""What a run is making, until it is made."""
 MODELS_FILE = "models.parquet"
 LAYERS_FILE = "layers.parquet"
 TOKENS_FOLDER = "tokens"
@@ -175,7 +179,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path} is missing: no complete embeddings are there; make them with {remedy}") from error
+        raise InputError(f"{folder} {_instead(folder)}{near(folder, is_embeddings)}") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}): delete {folder} and run {remedy}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
@@ -183,6 +187,22 @@ def read_index(folder: Path) -> dict[str, Any]:
     if index.get("version") != VERSION:
         raise InputError(f"{path}: version is {index.get('version')!r}, this sane_ray reads {VERSION}: make them again")
     return index
+
+
+def is_embeddings(folder: Path) -> bool:
+    """Whether a folder has the index of embeddings."""
+    return (folder / INDEX_FILE).is_file()
+
+
+def _instead(folder: Path) -> str:
+    """What is in the place of embeddings, and how to make some; nothing is proposed to be written into what is dear."""
+    if is_store(folder):
+        return f"is a token store, no embeddings: embed it with `python jobs/embed.py --model MODEL --store {folder}`"
+    begun = (folder / IDENTITY_FILE).is_file()
+    if begun or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        what = f"holds no complete embeddings ({INDEX_FILE} is missing)" if folder.exists() else "does not exist"
+        return f"{what}: make embeddings with `python jobs/embed.py --model MODEL --store STORE --output {folder}`"
+    return f"holds no embeddings ({INDEX_FILE} is missing): name a folder that jobs/embed.py wrote"
 
 
 def _check_rows(folder: Path, name: str, index: dict[str, Any]) -> None:

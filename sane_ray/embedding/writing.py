@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from sane_ray import __version__
 from sane_ray.autoencoder.model import CONFIG_FILE, SANE, WEIGHTS_FILE
 from sane_ray.cluster import connect, named_address
-from sane_ray.config import ClusterConfig, EmbeddingConfig
+from sane_ray.config import EmbeddingConfig, WorkersConfig
 from sane_ray.embedding.encoder import QUANTILES, Embedder, choose_format, window_and_halo
 from sane_ray.embedding.networks import (
     CheckpointNetworks,
@@ -47,7 +47,7 @@ from sane_ray.embedding.networks import (
 )
 from sane_ray.embedding.parts import PARTS_FOLDER, Gathered, Part, gather, part_folder
 from sane_ray.embedding.preprocessing import Preprocessing
-from sane_ray.embedding.reading import FORMAT, INDEX_FILE, VERSION, Embeddings, read_index
+from sane_ray.embedding.reading import FORMAT, IDENTITY_FILE, INDEX_FILE, VERSION, Embeddings, read_index
 from sane_ray.errors import InputError
 from sane_ray.preflight import Resources, preflight
 from sane_ray.tokens.store.inputs import SMALL_BYTES, look
@@ -59,7 +59,6 @@ from sane_ray.zoo.tables import text_column, value_columns
 SMALL_CHECKPOINTS = 20_000
 """So many, if they are small too, are embedded in this process in less time than Ray takes to start."""
 
-IDENTITY_FILE = "identity.json"
 _LOCK = ".lock"
 _NO_MATTER = ("tokens_at_once",)
 """Settings that change how the work is done, not what comes out (but for the rounding of float sums)."""
@@ -98,11 +97,16 @@ class Plan:
         return sum(len(unit.rows) for unit in self.units)
 
     @property
+    def checkpoints_done(self) -> int:
+        """How many of them are embedded already, in parts that are whole."""
+        return self.checkpoints - sum(len(unit.rows) for unit in _missing(self))
+
+    @property
     def is_small(self) -> bool:
         """Whether they are few and small: embedded in less time than Ray takes to start."""
         return self.checkpoints <= SMALL_CHECKPOINTS and self.size <= SMALL_BYTES
 
-    def runs_here(self, cluster: ClusterConfig) -> bool:
+    def runs_here(self, cluster: WorkersConfig) -> bool:
         """Whether they are embedded in this process, without Ray.
 
         What is small is, unless GPUs are asked for that are not here, or several workers that there is work for. A
@@ -116,7 +120,7 @@ class Plan:
             return self.is_small and cluster.max_workers == 1
         return self.is_small or gpu_here or cluster.gpu == "no" or not named_address(cluster)
 
-    def place(self, cluster: ClusterConfig) -> str:
+    def place(self, cluster: WorkersConfig) -> str:
         """Where they are embedded, in words."""
         if not self.runs_here(cluster):
             return "by actors on Ray"
@@ -186,7 +190,7 @@ def plan_records(
     """
     opened = SANE.from_pretrained(model)
     window_and_halo(opened.config, config)
-    warnings = Preprocessing(opened).warnings_of("none")
+    warnings = Preprocessing(opened).warnings_of("none", alone=len(records) == 1)
     shared = Counter(record.path for record in records)
     looks = {place: look(place) for place in shared}
     sizes = [max(looks[record.path][0], 0) / shared[record.path] for record in records]
@@ -231,13 +235,13 @@ def is_complete(plan: Plan) -> bool:
     return complete
 
 
-def embed(plan: Plan, cluster: ClusterConfig | None = None) -> Embeddings:
+def embed(plan: Plan, cluster: WorkersConfig | None = None) -> Embeddings:
     """Embeds what is not embedded yet, on the Ray that ``cluster`` names, or in this process where that is little.
 
     Raises:
         InputError: Nothing could be embedded, another run is writing the folder, or it holds something else.
     """
-    cluster = cluster or ClusterConfig()
+    cluster = cluster or WorkersConfig()
     with _held(plan.output):
         if not is_complete(plan):
             plan = _as_begun(plan)
@@ -254,7 +258,7 @@ Workers = Resources | torch.device
 
 
 @contextlib.contextmanager
-def _workers(plan: Plan, cluster: ClusterConfig) -> Iterator[Workers]:
+def _workers(plan: Plan, cluster: WorkersConfig) -> Iterator[Workers]:
     """This process, or a connected Ray that has what is asked for."""
     if plan.runs_here(cluster):
         if cluster.max_workers > 1:
@@ -307,7 +311,7 @@ def _make_parts(plan: Plan, missing: Sequence[Unit], workers: Workers) -> None:
     for left in (plan.output / PARTS_FOLDER).glob(".*"):
         shutil.rmtree(left, ignore_errors=True)
     with progress_bar("embed networks", plan.checkpoints, unit="network") as progress:
-        progress.update(plan.checkpoints - sum(len(unit.rows) for unit in missing))
+        progress.update(plan.checkpoints_done)
         for unit, error in _embedded(plan, missing, workers):
             if error:
                 raise InputError(error)

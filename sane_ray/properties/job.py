@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 from sane_ray.cluster import default_storage, local_path
 from sane_ray.config import EmbedJob, PredictJob
 from sane_ray.embedding import Embeddings
-from sane_ray.embedding.job import plan_of
-from sane_ray.embedding.writing import Plan, embed, is_complete
+from sane_ray.embedding.job import embed_telling, plan_of
+from sane_ray.embedding.writing import Plan, is_complete
 from sane_ray.errors import InputError
 from sane_ray.properties.features import EmbeddingTables, Zoo, embedded_as
-from sane_ray.properties.prediction import Prediction, check_output, identity, predict, read_results
-from sane_ray.properties.table import describe, results_table
+from sane_ray.properties.prediction import Prediction, check_output, facts_of, identity, predict, read_results
+from sane_ray.properties.table import describe, results_table, zoo_line
 from sane_ray.shell import this_command
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
@@ -23,6 +24,9 @@ PICTURES, REPORT_FILE = "plots", "report.html"
 
 LOGGED_FILE = ".logged"
 """In the folder of the results when they are reported and MLflow has been told."""
+
+_SHOWN = 12
+"""Digits of a fingerprint that a sentence tells."""
 
 EXPERIMENT = "sane_ray properties"
 """Name of the MLflow experiment."""
@@ -38,10 +42,10 @@ def run(config: PredictJob, dry_run: bool) -> None:
         if dry_run and not is_complete(plan):
             print(f"would embed {config.store} with {config.model} into {plan.output}, and then predict")
             return
-        config = dataclasses.replace(config, embeddings=str(embed(plan).path))
+        config = dataclasses.replace(config, embeddings=str(embed_telling(plan).path))
     zoos = open_zoos(config)
     digest, settings = identity(zoos, config.properties)
-    name = config.run_name or f"{zoos[0].name}-{digest}"
+    name = config.run_name or "-".join([*(zoo.name for zoo in zoos), digest])
     output = local_path(config.output, "output") if config.output else storage / "properties" / name
     already = check_output(output, digest)
     prediction = Prediction(zoos, config.properties)
@@ -51,6 +55,10 @@ def run(config: PredictJob, dry_run: bool) -> None:
         print(describe(zoos, config.properties, output, prediction.doubts))
         print("dry run: nothing was started")
         return
+    if already:
+        print(f"nothing to do: {output} holds the results of these checkpoints and this config")
+    for zoo in zoos:
+        print(zoo_line(facts_of(zoo)), flush=True)
     if not (already and (output / LOGGED_FILE).exists()):
         with tracked(
             uri=default_uri(storage),
@@ -60,13 +68,20 @@ def run(config: PredictJob, dry_run: bool) -> None:
             params=settings,
             folder=storage / UNSENT_FOLDER,
         ) as tracker:
-            results = read_results(output) if already else predict(zoos, config.properties, output, prediction)
+            results = read_results(output) if already else predict_telling(prediction, output)
             report(results, prediction, output)
             log(results, output, tracker)
             (output / LOGGED_FILE).touch()
-    if already:
-        print(f"nothing to do: {output} holds the results of these checkpoints and this config")
     print(ending(read_results(output), output, storage))
+
+
+def predict_telling(prediction: Prediction, output: Path) -> dict[str, Any]:
+    """Predicts; who interrupts that is told what is kept of it."""
+    try:
+        return predict(prediction.zoos, prediction.config, output, prediction)
+    except KeyboardInterrupt:
+        print("no results were written yet: the same command fits everything anew", file=sys.stderr)
+        raise
 
 
 def embedding_plan(config: PredictJob, storage: Path) -> Plan:
@@ -76,7 +91,7 @@ def embedding_plan(config: PredictJob, storage: Path) -> Plan:
         InputError: No store is named, or it and the model do not fit.
     """
     if not config.store:
-        raise InputError("config field store is '': name the token store that --model embeds (--store)")
+        raise InputError("--store is missing: name the token store that --model embeds")
     return plan_of(EmbedJob(model=config.model, store=config.store), storage)
 
 
@@ -90,16 +105,18 @@ def open_zoos(config: PredictJob) -> list[Zoo]:
         raise InputError("nothing to predict from: name --embeddings EMBEDDINGS, --store STORE, or both")
     zoos = [open_zoo(config.embeddings, config.store, "")]
     if config.other_embeddings or config.other_store:
-        zoos.append(open_zoo(config.other_embeddings, config.other_store, "other_"))
+        zoos.append(open_zoo(config.other_embeddings, config.other_store, "other-"))
+        check_differ(*zoos)
         check_other(zoos)
     return zoos
 
 
 def open_zoo(embeddings: str, store: str, prefix: str) -> Zoo:
     """A zoo by the values of its two flags; a store that only the embeddings name may be gone."""
-    embedded = open_embeddings(embeddings, f"{prefix}embeddings") if embeddings else None
+    fields = prefix.replace("-", "_")
+    embedded = open_embeddings(embeddings, f"{fields}embeddings") if embeddings else None
     if store:
-        opened: TokenStore | None = TokenStore.open(local_path(store, f"{prefix}store"))
+        opened: TokenStore | None = TokenStore.open(local_path(store, f"{fields}store"))
     else:
         opened = named_store(embedded)
     if embedded is not None and opened is not None:
@@ -107,9 +124,10 @@ def open_zoo(embeddings: str, store: str, prefix: str) -> Zoo:
         if source.get("kind") == "store" and source.get("fingerprint") not in (None, opened.fingerprint):
             raise InputError(
                 f"--{prefix}embeddings {embeddings} are of the store {source.get('path')} as it was with fingerprint "
-                f"{source['fingerprint']}, but {opened.path} has {opened.fingerprint}: embed this one, or name that one"
+                f"{source['fingerprint'][:_SHOWN]}, but {opened.path} has {opened.fingerprint[:_SHOWN]}: embed this "
+                "one, or name that one"
             )
-    where = opened.path if opened is not None else local_path(embeddings, f"{prefix}embeddings")
+    where = opened.path if opened is not None else local_path(embeddings, f"{fields}embeddings")
     return Zoo(where.name, opened, embedded)
 
 
@@ -126,6 +144,24 @@ def named_store(embeddings: EmbeddingTables | None) -> TokenStore | None:
     return TokenStore.open(source["path"])
 
 
+def check_differ(first: Zoo, other: Zoo) -> None:
+    """Raises ``InputError`` if two zoos are one: the same embeddings, or of the same networks."""
+    folders = [zoo.embeddings.path for zoo in (first, other) if isinstance(zoo.embeddings, Embeddings)]
+    same_folder = len(folders) == 2 and folders[0].samefile(folders[1])
+    if same_folder or _networks(first) & _networks(other):
+        what = folders[1] if folders[1:] else other.store.path if other.store is not None else other.name
+        raise InputError(
+            f"{what} is the zoo that is predicted already, not another one: name another zoo by --other-embeddings "
+            "or --other-store, or leave both out"
+        )
+
+
+def _networks(zoo: Zoo) -> set[str]:
+    """Fingerprints of what the networks of a zoo were read from."""
+    source = {} if zoo.embeddings is None else zoo.embeddings.index.get("source", {})
+    return {known for known in (source.get("fingerprint"), zoo.store and zoo.store.fingerprint) if known}
+
+
 def check_other(zoos: list[Zoo]) -> None:
     """Raises ``InputError`` where the embeddings of the two zoos are not by one model in one way, so not comparable."""
     indices = [zoo.embeddings.index for zoo in zoos if zoo.embeddings is not None]
@@ -138,7 +174,7 @@ def check_other(zoos: list[Zoo]) -> None:
     if len(indices) == 2:
         _check_alike(*map(embedded_as, indices))
     if zoos[0].name == zoos[1].name:
-        zoos[1] = Zoo(f"{zoos[1].name} (other)", zoos[1].store, zoos[1].embeddings)
+        zoos[1] = Zoo(f"{zoos[1].name}-other", zoos[1].store, zoos[1].embeddings)
 
 
 def _check_alike(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -185,7 +221,7 @@ def log(results: dict[str, Any], output: Path, tracker: Tracker) -> None:
 
 
 def ending(results: dict[str, Any], output: Path, storage: Path) -> str:
-    """The table, the verdict, where the results are and what to do next."""
+    """The tables, the verdict, where the results are and what to do next."""
     seconds, mlflow = results["compute"]["seconds"], ui_command(default_uri(storage))
     return "\n".join(
         [

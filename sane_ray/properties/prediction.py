@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from sane_ray.config import PropertiesConfig, to_dict
 from sane_ray.errors import InputError
@@ -28,8 +27,9 @@ from sane_ray.properties.evaluation import Score, evaluate_categories, evaluate_
 from sane_ray.properties.features import PUBLISHED, FeatureSource, Unavailable, Zoo, embedded_as, parts
 from sane_ray.properties.probes import BlockRidge, Boosting, Fit, Logistic, Probe, PublishedRidge
 from sane_ray.properties.protocols import Part, Population
-from sane_ray.properties.table import LABELS, shown
+from sane_ray.properties.table import LABELS, digits, shown
 from sane_ray.properties.targets import Target, find_target
+from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.zoo.splits import SPLITS
 
 RESULTS_FILE = "results.json"
@@ -41,7 +41,7 @@ FORMAT, VERSION = "sane_ray properties", 2
 METRICS = ("r2", "tau", "mae", "accuracy")
 
 FEW_MODELS = 20
-"""A verdict on fewer test models says how few they are: their bootstrap is too sure."""
+"""Fewer test models cannot tell two feature sets apart, and a verdict says so: their bootstrap is too sure."""
 
 _MOST_NAMED = 3
 """Parts that a note names; of more, it says how many."""
@@ -119,9 +119,14 @@ class Prediction:
             InputError: No target at all can be predicted, or store and embeddings do not fit each other.
         """
         self.check()
-        self.source.prepare(self.config.features)
-        for name in tqdm(self.config.features, desc="feature sets", unit="set", disable=None):
-            self._features(name)
+        each = self._fits_of_a_set
+        with progress_bar("fit probes", len(self.config.features) * each, "fit") as progress:
+            self.source.prepare(self.config.features)
+            for place, name in enumerate(self.config.features, 1):
+                for judged in self._features(name):
+                    self.judged.append(judged)
+                    progress.update()
+                progress.update(place * each - progress.n)  # of a set that cannot be had
 
     def best(self, target: str) -> Judged | None:
         """Of the fits of a target on the zoo's own split, the one that did best on validation models.
@@ -159,11 +164,20 @@ class Prediction:
         note = "; ".join(dict.fromkeys(target.note for target in (first, *others) if target.note))
         return Target(name, first.column, first.kind, values_R, note, first.usable)
 
-    def _features(self, name: str) -> None:
+    @property
+    def _fits_of_a_set(self) -> int:
+        """How many rows a feature set has that can be had."""
+        return sum(
+            sum(_reads(probe, target) for target in self.targets) * len(list(self._parts(probe)))
+            for probe in self._probes()
+        )
+
+    def _features(self, name: str) -> Iterator[Judged]:
+        """Every fit on one feature set."""
         try:
             blocks = self.source.blocks(name)
         except Unavailable as reason:
-            self._unavailable(name, str(reason))
+            yield from self._unavailable(name, str(reason))
             return
         notes = [block.note for block in blocks]
         columns = sum(len(block.columns) for block in blocks)
@@ -173,13 +187,12 @@ class Prediction:
             for part in self._parts(probe):
                 for target in self.targets:
                     if _reads(probe, target):
-                        self.judged.append(self._judge(name, probe, fitted, part, target, notes, columns))
+                        yield self._judge(name, probe, fitted, part, target, notes, columns)
 
-    def _unavailable(self, name: str, reason: str) -> None:
+    def _unavailable(self, name: str, reason: str) -> Iterator[Judged]:
         for target in self.targets:
             for probe in (probe for probe in self._probes() if _reads(probe, target)):
-                row = self._row(target.name, name, probe, self.population.split())
-                self.judged.append(_noted(row, [reason]))
+                yield _noted(self._row(target.name, name, probe, self.population.split()), [reason])
 
     def _probes(self) -> list[str]:
         kinds = {target.kind for target in self.targets}
@@ -225,8 +238,9 @@ class Prediction:
             scores = self._scores(target, part, fits)
         except (ValueError, RuntimeError, np.linalg.LinAlgError) as error:  # one fit must not end all the others
             return _noted(row, [f"it could not be fitted: {error}", *notes])
-        if target.kind == "number" and np.ptp(target.values_R[part.test]) == 0:
-            notes.append("the truth is the same for all test rows: neither R2 nor tau is defined")
+        by_design = (part.protocol, target.column) == ("leave-one-epoch", "epoch")
+        if target.kind == "number" and np.ptp(target.values_R[part.test]) == 0 and not by_design:
+            notes.append("the truth is the same for all test rows: neither R² nor tau is defined")
         self.predictions.append(self._table(row, part, target, fits))
         choice = "; ".join(dict.fromkeys(fit.choice for fit in fits))
         measured = {"seeds": seeds, "choice": choice, "validation": _validation(target, part.val, fits)}
@@ -295,17 +309,21 @@ class Prediction:
 
     @property
     def verdict(self) -> list[str]:
-        """For each target and probe, whether SANE with s(W) is better than s(W) alone, where that can be said."""
+        """For each target, probe and part, whether SANE with other features is better than these alone.
+
+        Of each feature set that has both, where these alone were fitted too; another zoo's parts come last, and epochs
+        that were left out have none.
+        """
         fits = {
-            (judged.row["target"], judged.row["probe"], judged.row["features"]): judged
-            for judged in self.judged
-            if judged.row["protocol"] == "split" and judged.scores
+            (judged.row["part"], judged.row["target"], judged.row["probe"], _set(judged.row["features"])): judged
+            for judged in sorted(self.judged, key=lambda judged: judged.row["protocol"] != "split")
+            if judged.row["protocol"] != "leave-one-epoch" and judged.scores
         }
         sentences = []
-        for target, probe, features in fits:
-            if features == "sane+statistics" and (target, probe, "statistics") in fits:
-                pair = fits[target, probe, features], fits[target, probe, "statistics"]
-                sentences.append(compare(*pair, self.config.metric))
+        for (*where, names), larger in fits.items():
+            smaller = fits.get((*where, _without_sane(names)))
+            if smaller is not None and smaller is not larger:
+                sentences.append(compare(larger, smaller, self.config.metric))
         return [sentence for sentence in sentences if sentence]
 
 
@@ -318,11 +336,12 @@ def by_validation(row: Mapping[str, Any]) -> float:
 def compare(larger: Judged, smaller: Judged, metric: str = "r2") -> str:
     """One sentence on two fits of the same rows, with an interval of their difference over the same draws of models.
 
-    One is called better only if all of that interval is on its side of zero. Empty if a number is not defined.
+    One is called better only if all of that interval is on its side of zero, and there are ``FEW_MODELS`` test models.
+    Empty if a number is not defined.
 
     Args:
-        larger: SANE with s(W).
-        smaller: s(W) alone.
+        larger: SANE with other features, such as s(W).
+        smaller: These alone.
         metric: What numbers are compared by: ``r2`` or ``tau``. Categories have their accuracy.
     """
     metric = metric if metric in larger.scores else "accuracy"
@@ -330,21 +349,39 @@ def compare(larger: Judged, smaller: Judged, metric: str = "r2") -> str:
     difference, (low, high) = first.value - second.value, percentile_interval(first.draws_D - second.draws_D)
     if not np.isfinite([difference, low, high]).all():
         return ""
-    sane = "SANE with s(W)"
-    if metric != "accuracy" and max(first.value, second.value) <= 0:
-        says = f"neither {sane} nor s(W) alone reads it"
-    elif _without_sane(larger.row["choice"]):
-        says = f"{sane} is s(W) alone, as held-out models gave SANE no weight"
-    elif low > 0 or high < 0:
-        says = f"{sane} is {'better' if low > 0 else 'worse'} than s(W) alone"
-    else:
-        says = f"{sane} is not told apart from s(W) alone"
+    both, alone = _called(larger.row["features"])
     models = larger.row.get("n_test_models")
-    few = f"; only {models} test models" if models is not None and models < FEW_MODELS else ""
+    if models is not None and models < FEW_MODELS:
+        says = f"only {models} test models, too few to tell {both} from {alone}"
+    elif metric != "accuracy" and max(first.value, second.value) <= 0:
+        says = f"neither {both} nor {alone} reads it"
+    elif _gave_sane_nothing(larger.row["choice"]):
+        says = f"{both} is {alone}, as held-out models gave SANE no weight"
+    elif low > 0 or high < 0:
+        says = f"{both} is {'better' if low > 0 else 'worse'} than {alone}"
+    else:
+        says = f"{both} is not told apart from {alone}"
+    what = ", ".join(filter(None, (larger.row.get(key) for key in ("target", "probe", "part"))))
     return (
-        f"{larger.row['target']}, {larger.row['probe']}: {says}: {LABELS[metric]} {_with_interval(first)} against "
-        f"{_with_interval(second)}, difference {difference:+.3f} [{low:+.3f}, {high:+.3f}]{few}"
+        f"{what}: {says}: {LABELS[metric]} {_with_interval(first)} against {_with_interval(second)}, difference "
+        f"{digits(difference, sign='+')} [{digits(low, sign='+')}, {digits(high, sign='+')}]"
     )
+
+
+def _set(features: str) -> frozenset[str]:
+    return frozenset(features.split("+"))
+
+
+def _without_sane(names: frozenset[str]) -> frozenset[str]:
+    return frozenset(name for name in names if not name.startswith("sane"))
+
+
+def _called(features: str) -> tuple[str, str]:
+    """A feature set and what of it is not SANE, for a reader: ``SANE with s(W)`` and ``s(W) alone``."""
+    names = features.split("+")
+    sane = "+".join(name for name in names if name.startswith("sane"))
+    others = " and ".join("s(W)" if name == "statistics" else name for name in names if not name.startswith("sane"))
+    return f"{'SANE' if sane == 'sane' else sane} with {others}", f"{others} alone"
 
 
 def _with_interval(score: Score) -> str:
@@ -352,14 +389,17 @@ def _with_interval(score: Score) -> str:
     return f"{shown(score.value)} [{shown(low)}, {shown(high)}]"
 
 
-def _without_sane(choice: str) -> bool:
-    """Whether every fit gave weight 0 to all that has SANE in it, or chose statistics alone."""
+def _gave_sane_nothing(choice: str) -> bool:
+    """Whether every fit gave weight 0 to all that has SANE in it, or chose a block without it."""
     return all(_weighs_no_sane(one) for one in choice.split("; "))
 
 
 def _weighs_no_sane(choice: str) -> bool:
     weights = re.findall(r"\b(sane\w*|all) ([\d.]+)", choice)
-    return all(float(weight) == 0 for _, weight in weights) if weights else choice.endswith("of statistics")
+    alone = re.search(r" of (\w+)$", choice)
+    if weights or alone is None:
+        return bool(weights) and all(float(weight) == 0 for _, weight in weights)
+    return alone[1] != "all" and not alone[1].startswith("sane")
 
 
 def identity(zoos: list[Zoo], config: PropertiesConfig) -> tuple[str, dict[str, Any]]:
@@ -430,7 +470,7 @@ def predict(
         "version": VERSION,
         "identity": digest,
         "settings": settings,
-        "zoos": [_facts(zoo) for zoo in zoos],
+        "zoos": [facts_of(zoo) for zoo in zoos],
         "compute": {
             "seconds": round(time.perf_counter() - began, 2),
             "cores": os.cpu_count(),
@@ -456,14 +496,15 @@ def _write(output: Path, content: dict[str, Any], prediction: Prediction) -> Non
     staged.replace(output / RESULTS_FILE)
 
 
-def _facts(zoo: Zoo) -> dict[str, Any]:
+def facts_of(zoo: Zoo) -> dict[str, Any]:
+    """How large a zoo is: its entry in results.json."""
     splits, models = zoo.column("split"), zoo.column("model")
     return {
         "name": zoo.name,
         "checkpoints": len(zoo),
         "models": len(np.unique(models)),
         "architectures": len(zoo.tables),
-        "models_by_split": {s: len(np.unique(models[splits == s])) for s in sorted(SPLITS) if (splits == s).any()},
+        "models_by_split": {s: len(np.unique(models[splits == s])) for s in SPLITS if (splits == s).any()},
     }
 
 

@@ -2,7 +2,8 @@
 
 * ``split``: the zoo's own splits by model.
 * ``leave-one-epoch``: trained on every epoch but one, tested on that epoch; still other models.
-* ``out-of-distribution``: trained and chosen on one zoo, tested on the test split of another.
+* ``out-of-distribution``: trained and chosen on one zoo, tested on the test split of another; and, for comparison, each
+  other zoo by its own splits, as ``split`` has the first.
 
 Out of distribution, no model is tested a checkpoint of which the other zoo has among its own train or val models.
 
@@ -95,7 +96,7 @@ class Population:
             InputError: No checkpoint of a zoo is in a split.
         """
         for place, zoo in enumerate(zoos):
-            _check_splits(zoo, "--other_store" if place else "--store")
+            _check_splits(zoo, "--other-store" if place else "--store")
         zoo_R = np.repeat(np.arange(len(zoos)), [len(zoo) for zoo in zoos])
         model_R = np.array([f"{place}:{m}" for place, zoo in enumerate(zoos) for m in zoo.column("model")], object)
         epoch_R = np.concatenate([zoo.column("epoch").astype(float) for zoo in zoos])
@@ -123,14 +124,14 @@ class Population:
             yield Part("leave-one-epoch", f"epoch {epoch:g}", others.train, others.val, tested.test)
 
     def out_of_distribution(self) -> Iterator[Part]:
-        """Trained on each zoo, tested on each other."""
+        """Trained on each zoo, tested on each other; those after the first on themselves too."""
         for trained, source in enumerate(self.zoos):
             for tested, target in enumerate(self.zoos):
-                if trained != tested:
-                    name = f"{source.name} -> {target.name}"
-                    train, val = (self.rows(split, trained) for split in ("train", "val"))
-                    test, note = self._unknown(trained, tested)
-                    yield Part("out-of-distribution", name, train, val, test, note)
+                if trained == tested == 0:
+                    continue  # ``split``
+                train, val = (self.rows(split, trained) for split in ("train", "val"))
+                test, note = (self.rows("test", tested), "") if trained == tested else self._unknown(trained, tested)
+                yield Part("out-of-distribution", moved(source.name, target.name), train, val, test, note)
 
     @property
     def notes(self) -> list[str]:
@@ -163,6 +164,11 @@ class Population:
         return all(digest is not None for place in places for digest in self.zoos[place].digests)
 
 
+def moved(trained: str, tested: str) -> str:
+    """Name of the part that is trained on one zoo and tested on another."""
+    return f"{trained} -> {tested}"
+
+
 def last_rows(models: Sequence[Any] | NDArray[Any], epochs: Sequence[float | None] | NDArray[np.floating]) -> list[int]:
     """The row of each model's last checkpoint; one of an unknown epoch (None, NaN) is the last only if all are."""
     last: dict[Any, tuple[float, int]] = {}
@@ -188,8 +194,14 @@ def _known_by(zoo: Zoo, seen_r: NDArray[np.bool_]) -> Callable[[Zoo], NDArray[np
 
 
 def _check_splits(zoo: Zoo, flag: str) -> None:
-    if not np.isin(zoo.column("split").astype(str), SPLITS).any():
+    if np.isin(zoo.column("split").astype(str), SPLITS).any():
+        return
+    if len(np.unique(zoo.column("model"))) == 1:
         raise InputError(
-            f"no checkpoint of {zoo.name} is in a split, and without train, val and test models nothing can be fitted: "
-            f"prepare a store of these checkpoints with jobs/prepare.py, and name it by {flag}"
+            f"{zoo.name} is a single network, and a property is predicted by fitting on many: name embeddings or a "
+            "store of a zoo"
         )
+    raise InputError(
+        f"no checkpoint of {zoo.name} is in a split, and without train, val and test models nothing can be fitted: "
+        f"prepare a store of these checkpoints with jobs/prepare.py, and name it by {flag}"
+    )

@@ -50,6 +50,9 @@ LAYOUT = 1
 MOST_VALUES = 8
 """Most values of a hyper-parameter that a plan counts one by one."""
 
+_SHOWN = 12
+"""Digits of a fingerprint that a sentence tells."""
+
 _UNFINISHED = ".building"
 """Folder inside the zoo where models lie until they are whole; readers pass over hidden folders."""
 
@@ -115,6 +118,12 @@ def build_zoo(config: ZooConfig, output: Path) -> Path:
         return zoo
     try:
         failures = _train_missing(plan, missing, zoo)
+    except KeyboardInterrupt:
+        finished = len(plan.models) - len(plan.missing(zoo))
+        _LOG.warning(
+            "%d of %d models are finished, and kept: the same command trains the rest", finished, len(plan.models)
+        )
+        raise
     finally:
         shutil.rmtree(zoo / _UNFINISHED, ignore_errors=True)
     if failures:
@@ -168,7 +177,8 @@ def check_zoo(plan: ZooPlan, zoo: Path) -> None:
         found = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}): {remedy}") from error
-    for key, here, wanted in _differences(found, json.loads(json.dumps(plan.identity))):
+    for key, *values in _differences(found, json.loads(json.dumps(plan.identity))):
+        here, wanted = (str(value)[:_SHOWN] if key.endswith("fingerprint") else value for value in values)
         raise InputError(
             f"{path} belongs to another zoo: {key} is {here!r} there, but {wanted!r} is asked for; "
             f"ask for the same to go on with that zoo, or {remedy}"

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sane_ray.errors import InputError
+from sane_ray.nearby import is_zoo, near
 from sane_ray.zoo import foreign
 from sane_ray.zoo.checkpoint import Checkpoint
 from sane_ray.zoo.readers import (
@@ -152,7 +153,9 @@ def discover(source: str | Path, reader: str = "auto") -> list[Record]:
     if instead := foreign.by_format(unclaimed(root, [])):
         refused = "; ".join(known.refusal(root / paths[0]) for known, paths in instead[:_EXAMPLES])
         raise InputError(f"--source {root} holds no checkpoints, but files that are not read: {refused}")
-    raise InputError(f"--source {root} holds no checkpoints: looked for {'; '.join(looked_for)}; {remedy}")
+    raise InputError(
+        f"--source {root} holds no checkpoints: looked for {'; '.join(looked_for)}; {remedy}{near(root, is_zoo)}"
+    )
 
 
 def open_record(record: Record) -> Checkpoint:
@@ -254,10 +257,10 @@ def _check_source(root: Path) -> None:
     except OSError as error:
         raise InputError(f"--source {root} cannot be looked at ({error}); check its permissions") from error
     if not there:
-        raise InputError(f"--source {root} does not exist{_near(root)}: {_REMEDY}")
+        raise InputError(f"--source {root} does not exist{_beside(root)}: {_REMEDY}{near(root, is_zoo)}")
 
 
-def _near(missing: Path) -> str:
+def _beside(missing: Path) -> str:
     """What lies beside a path that does not exist and is called much like it, in words; or what of it is there."""
     folder = next(above for above in missing.parents if above.exists())
     if folder != missing.parent:

@@ -378,7 +378,7 @@ def test_a_missing_model_folder_is_named(tmp_path):
     ("files", "message"),
     [
         ([], "is empty"),
-        (["a.pt", "b.pt", "c.pt", "d.pt", "e.pt"], r"holds a\.pt, b\.pt, c\.pt and 2 more, and no model"),
+        (["a.txt", "b.txt", "c.txt", "d.pt", "e.md"], r"holds a\.txt, b\.txt, c\.txt and 2 more, and no model"),
         (["a.pt", "sub/b.pt"], r"holds a\.pt, sub/, and no model"),
         (["store.json", "models.parquet"], "is a token store"),
         (["embeddings.json"], "holds embeddings"),
@@ -417,6 +417,18 @@ def test_runs_near_a_folder_without_a_model_are_listed(tmp_path):
         SANE.from_pretrained(runs / "file")
     with pytest.raises(InputError, match=r"near it are .*alone, .*runs/four"):
         SANE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["", '{"layout": 1, "zoo": {}, "images": {}}'])
+def test_a_zoo_is_no_model(tmp_path, config):
+    zoo = tmp_path / "zoo"
+    zoo.mkdir()
+    for number in range(2):
+        (zoo / f"{number}.pt").touch()
+    if config:  # as jobs/build_zoo.py writes it
+        (zoo / "config.json").write_text(config)
+    with pytest.raises(InputError, match=r"zoo is a zoo of checkpoints, .*by --source .*jobs/pretrain\.py"):
+        SANE.from_pretrained(zoo)
 
 
 @pytest.mark.parametrize("mode", ["standardize", "minmax", "l2", "none"])

@@ -191,6 +191,8 @@ def test_networks_that_are_aligned_otherwise_than_in_training_are_warned_of(know
     aligned = Preprocessing(make_model(make_store(known_zoo, tmp_path / "aligned", align="weights")))
     (warning,) = aligned.warnings_of("none")
     assert "prepared with tokens.align weights, these with none" in warning and "--tokens.align weights" in warning
+    (warning,) = aligned.warnings_of("none", alone=True)  # of one network no store is made
+    assert "this one with none" in warning and "prepare them" not in warning
     assert not aligned.warnings_of("weights")
     older = make_model(known_store)
     del older.preprocessing["align"]

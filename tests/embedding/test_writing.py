@@ -20,7 +20,7 @@ from embedding_networks import (
 from safetensors.torch import save_file
 
 from sane_ray.autoencoder.model import SANE
-from sane_ray.config import ClusterConfig, EmbeddingConfig
+from sane_ray.config import EmbeddingConfig, WorkersConfig
 from sane_ray.embedding import VECTORS, Embeddings, networks, parts, writing
 from sane_ray.embedding.writing import embed, is_complete, plan_records, plan_store
 from sane_ray.errors import InputError
@@ -275,7 +275,7 @@ def test_on_ray_a_pool_of_actors_gives_the_same(ray_session, model, known_store,
     plan = plan_store(model, known_store, tmp_path / "ray", EXACT)
     assert plan.is_small, "two workers are asked for, and there is work for both"
     monkeypatch.setattr(writing.Worker, "embed", lambda self, unit: "embedded in this process")
-    there = embed(plan, ClusterConfig(num_workers=2, cpus_per_worker=1, data_cpus=0.5))
+    there = embed(plan, WorkersConfig(num_workers=4))
     assert same(there, here)
 
 
@@ -288,7 +288,7 @@ def test_two_runs_never_write_one_folder(model, known_store, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "embeddings.json").unlink(), r"embeddings.json is missing: no complete embeddings"),
+        (lambda folder: (folder / "embeddings.json").unlink(), r"holds no embeddings \(embeddings.json is missing\)"),
         (lambda folder: (folder / "embeddings.json").write_text("{"), r"is not JSON"),
         (lambda folder: (folder / "embeddings.json").write_text("{}"), r"its format is not 'sane_ray embeddings'"),
         (lambda folder: (folder / "layers.parquet").write_bytes(b"PAR1"), r"layers.parquet: damaged"),
@@ -487,14 +487,14 @@ def test_workers_that_are_asked_for_are_taken_where_they_help(
     monkeypatch.setenv("RAY_ADDRESS", address)
     plan = plan_store(model, known_store, tmp_path / "out", EXACT)
     plan = dataclasses.replace(plan, size=size, units=plan.units[:1] * units)
-    assert plan.runs_here(ClusterConfig(**cluster)) == here
-    assert ("in this process" in plan.place(ClusterConfig(**cluster))) == here
+    assert plan.runs_here(WorkersConfig(**cluster)) == here
+    assert ("in this process" in plan.place(WorkersConfig(**cluster))) == here
 
 
 def test_workers_that_cannot_help_are_told_of(model, known_store, tmp_path, caplog):
     plan = plan_store(model, known_store, tmp_path / "out", EXACT)
     plan = dataclasses.replace(plan, units=[networks.Unit(0, plan.units[0].rows, plan.units[0].groups)])
-    embed(plan, ClusterConfig(num_workers=4))
+    embed(plan, WorkersConfig(num_workers=4))
     assert "cluster.num_workers is 4: they are one unit of work" in caplog.text
 
 

@@ -32,6 +32,9 @@ def test_builds_where_told_and_says_what_is_next(run, tmp_path):
     zoo = tmp_path / "zoos" / "digits"
     assert len(list(zoo.glob("NN_*/checkpoint_00000[01]/checkpoints"))) == 4
     assert output.splitlines()[-1].endswith(f"python jobs/prepare.py --source {zoo}")
+    assert "nothing to do" not in output
+    again = run("--storage", str(tmp_path), *SMALL).out
+    assert again.startswith(f"nothing to do: 2 models in {zoo}; next: ") and len(again.splitlines()) == 1
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run, tmp_path):

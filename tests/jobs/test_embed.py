@@ -1,5 +1,7 @@
 """The embedding job as a user runs it."""
 
+import dataclasses
+import functools
 import importlib.util
 import os
 import subprocess
@@ -12,10 +14,12 @@ from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from sane_ray.analysis import depth
+from sane_ray.cli import parse
 from sane_ray.config import EmbeddingConfig, EmbedJob
-from sane_ray.embedding import Embeddings
+from sane_ray.embedding import Embeddings, writing
 from sane_ray.embedding import job as embed_job
 from sane_ray.embedding.job import EXPERIMENT, LOGGED_FILE
+from sane_ray.embedding.networks import units_of_records
 from sane_ray.embedding.writing import embed as embed_plan
 from sane_ray.embedding.writing import plan_records
 from sane_ray.errors import InputError
@@ -130,9 +134,9 @@ def test_a_model_of_aligned_networks_warns_of_others_before_and_after(made, tmp_
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "config field model is ''"),
-        ({"model": "m"}, "name one of them"),
-        ({"model": "m", "store": "s", "source": "z"}, "store is 's' and source is 'z'"),
+        ({}, "--model is missing"),
+        ({"model": "m"}, "neither is named: name either a token store"),
+        ({"model": "m", "store": "s", "source": "z"}, "--store s and --source z: name either"),
         ({"model": "nowhere", "store": "s"}, "s does not exist|nowhere does not exist"),
         ({"model": "s3://m", "store": "s"}, "object stores cannot be used directly"),
     ],
@@ -141,6 +145,42 @@ def test_bad_input_is_one_sentence(tmp_path, fields, message):
     with pytest.raises(InputError, match=message):
         embed.main(EmbedJob(**fields, storage=str(tmp_path)), False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_single_network_is_not_advised_to_become_a_store(made, tmp_path, capsys):
+    aligned = make_store(made / "zoo", tmp_path / "aligned", align="weights")
+    make_model(aligned, max_positions=[99, 9, 99]).save_pretrained(tmp_path / "model")
+    save_file(other_network(), tmp_path / "one.safetensors")
+    job = EmbedJob(model=str(tmp_path / "model"), source=str(tmp_path / "one.safetensors"), storage=str(tmp_path))
+    embed.main(job, True)
+    printed = capsys.readouterr().out
+    assert "tokens.align weights, this one with none" in printed and "prepare them" not in printed
+
+
+def test_an_interruption_tells_what_is_kept(made, tmp_path, capsys, monkeypatch):
+    plan = plan_records(made / "runs/calm/model", discover(made / "zoo"), made / "zoo", tmp_path, EmbeddingConfig())
+    units = units_of_records(discover(made / "zoo"), [40e6] * 12)
+    plan = dataclasses.replace(plan, units=units)
+    written = writing.Worker.embed
+
+    def embed_one(worker, unit, stop):
+        if unit.number == stop:
+            raise KeyboardInterrupt
+        return written(worker, unit)
+
+    for stop, words in ((0, "no network is embedded yet: the same command begins anew"), (5, "5 of 12 networks are")):
+        monkeypatch.setattr(writing.Worker, "embed", functools.partialmethod(embed_one, stop=stop))
+        with pytest.raises(KeyboardInterrupt):
+            embed_job.embed_telling(plan)
+        assert words in capsys.readouterr().err
+
+
+def test_help_shows_the_cluster_that_embeds(capsys):
+    with pytest.raises(SystemExit):
+        parse(EmbedJob, argv=["--help"])
+    printed = capsys.readouterr().out
+    assert "--cluster.num_workers" in printed and "Training workers" not in printed
+    assert not any(name in printed for name in ("data_cpus", "resize_seconds", "max_failures"))
 
 
 def test_the_command_line_ends_with_status_2_on_bad_input(tmp_path):

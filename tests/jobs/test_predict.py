@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +51,7 @@ def test_predicts_once_tracks_and_says_where(folder: Path, capsys, monkeypatch):
     job.main(wanted, False)
     first = capsys.readouterr().out
     assert "zoo digits: 60 checkpoints of 20 models" in first
-    assert "test_acc, ridge: SANE with s(W) is " in first and "leave-one-epoch" in first
+    assert "too few to tell SANE with s(W) from s(W) alone" in first and "leave-one-epoch" in first
     assert f"results  {folder / 'properties' / 'one'}" in first.splitlines()[-1] and "next:" in first
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -107,8 +109,8 @@ def test_what_cannot_be_predicted_is_told_before_anything_starts(folder: Path, t
     [
         ({}, "name --embeddings EMBEDDINGS, --store STORE, or both"),
         ({"model": "m", "embeddings": "e"}, "name only one of them"),
-        ({"model": "m"}, "name the token store that --model embeds"),
-        ({"embeddings": "nowhere"}, "no complete embeddings are there"),
+        ({"model": "m"}, "^--store is missing: name the token store that --model embeds"),
+        ({"embeddings": "nowhere"}, "nowhere does not exist: make embeddings with"),
     ],
 )
 def test_bad_flags_are_told(flags, words, tmp_path, monkeypatch):
@@ -121,10 +123,59 @@ def test_embeddings_of_another_store_or_model_are_refused(folder: Path, tmp_path
     other = zoos.write(tmp_path / "other", zoos.write_zoo(tmp_path / "zoo", seed=9))
     zoos.write_embeddings(tmp_path / "embeddings", other, fingerprint="another model")
     mine = {"embeddings": str(folder / "embeddings"), "storage": str(tmp_path)}
-    with pytest.raises(InputError, match="embed this one, or name that one"):
+    with pytest.raises(InputError, match=r"fingerprint \w{12}, but \S+ has \w{12}: embed this one, or name that one"):
         job.main(PredictJob(store=str(tmp_path / "other"), **mine), False)
     with pytest.raises(InputError, match="embed both zoos with one model"):
         job.main(PredictJob(other_embeddings=str(tmp_path / "embeddings"), **mine), False)
+
+
+def test_the_same_zoo_is_not_another_one(folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "embeddings", tmp_path / "copy")
+    shutil.copytree(folder / "digits", tmp_path / "store")
+    mine = {"embeddings": str(folder / "embeddings"), "storage": str(tmp_path)}
+    for other in (
+        {"other_embeddings": str(folder / "embeddings")},
+        {"other_embeddings": str(tmp_path / "copy")},
+        {"other_store": str(tmp_path / "store")},
+    ):
+        with pytest.raises(InputError, match="is the zoo that is predicted already, not another one: name another"):
+            job.main(PredictJob(**mine, **other), False)
+
+
+def test_another_zoo_is_named_where_results_are(folder: Path, tmp_path: Path, capsys):
+    other = zoos.write(tmp_path / "svhn", zoos.write_zoo(tmp_path / "zoo", models=12, seed=9))
+    settings = dataclasses.replace(QUICK, features=["statistics"], targets=["test_acc"], leave_one_epoch=False)
+    wanted = PredictJob(
+        store=str(folder / "digits"), other_store=str(other.path), storage=str(tmp_path), properties=settings
+    )
+    job.main(wanted, False)
+    printed = capsys.readouterr()
+    assert printed.out.startswith("zoo digits: 60 checkpoints of 20 models (14 train, 3 val, 3 test)\nzoo svhn: 36 ch")
+    assert "svhn -> svhn" in printed.out and "digits -> svhn" in printed.out
+    assert [path.name.rpartition("-")[0] for path in (tmp_path / "properties").iterdir()] == ["digits-svhn"]
+    assert "fit probes: 100%" in printed.err and "| 4/4 [" in printed.err
+
+
+def test_the_zoo_is_told_before_anything_is_fitted(folder: Path, tmp_path: Path):
+    """Interrupted as soon as it says what it reads: nothing is done, and that is what it says."""
+    command = [sys.executable, str(ROOT / "jobs" / "predict.py"), "--store", str(folder / "digits")]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    )
+    assert process.stdout.readline().startswith("zoo digits: 60 checkpoints of 20 models (14 train")
+    process.stderr.readline()  # of the bar, or of MLflow
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "interrupted (a second Ctrl-C ends at once)" in errors
+    assert "goes on from what is done" not in errors and "Traceback" not in errors
+
+
+def test_one_network_is_not_advised_to_become_a_store(folder: Path, tmp_path: Path):
+    alone = zoos.write(tmp_path / "alone", zoos.write_zoo(tmp_path / "zoo", models=1, epochs=1), split=[1.0, 0.0, 0.0])
+    zoos.as_of_source(zoos.write_embeddings(tmp_path / "embeddings", alone))
+    with pytest.raises(InputError, match="embeddings is a single network, and a property is predicted by fitting on"):
+        job.main(PredictJob(embeddings=str(tmp_path / "embeddings"), storage=str(tmp_path)), False)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from sane_ray.properties import prediction
 from sane_ray.properties.features import Zoo
 from sane_ray.properties.prediction import (
     ROW_SCHEMA,
+    Judged,
     Prediction,
     check_output,
     compare,
@@ -22,7 +23,7 @@ from sane_ray.properties.prediction import (
     read_results,
 )
 from sane_ray.properties.protocols import Population, last_rows
-from sane_ray.properties.table import results_table
+from sane_ray.properties.table import WIDEST, digits, results_table
 
 QUICK = PropertiesConfig(
     targets=["test_acc", "epoch", "nlin"],
@@ -88,13 +89,12 @@ def test_leave_one_epoch_tests_other_models_at_an_epoch_never_trained_on(results
         models = [set(population.model_R[rows]) for rows in part.splits.values()]
         assert not models[0] & models[1] and not models[0] & models[2] and not models[1] & models[2]
     (row,) = rows_of(content, target="epoch", features="sane", part="epoch 1")
-    assert "r2" not in row and row["mae"] >= 0 and "the truth is the same for all test rows" in row["note"]
+    assert "r2" not in row and row["mae"] >= 0 and row["note"] == ""  # of one epoch all have that epoch
 
 
 def test_verdict_compares_pairs_of_draws(results):
     content, _ = results
     assert len(content["verdict"]) == 3
-    assert content["verdict"][0].startswith("test_acc, ridge: SANE with s(W) is ")
     rows = pq.read_table(results[1] / "predictions.parquet").to_pylist()
     chosen = {
         features: [
@@ -112,18 +112,39 @@ def test_verdict_compares_pairs_of_draws(results):
         predicted = [np.array([row["prediction"] for row in of])[rows] for of in chosen.values()]
         gaps.append(np.subtract(*(1 - np.mean((truth[rows] - p) ** 2) / np.var(truth[rows]) for p in predicted)))
     low, high = np.percentile(gaps, [2.5, 97.5])
-    assert f"[{low:+.3f}, {high:+.3f}]; only {len(names)} test models" in content["verdict"][0]
+    few = f"only {len(names)} test models, too few to tell SANE with s(W) from s(W) alone: R² "
+    assert content["verdict"][0].startswith(f"test_acc, ridge: {few}")
+    assert content["verdict"][0].endswith(f"[{low:+.3f}, {high:+.3f}]")
 
 
 def test_another_zoo_tests_what_this_one_trained(zoo, zoos, tmp_path):
     other = zoos.write(tmp_path / "store", zoos.write_zoo(tmp_path / "zoo", seed=5))
-    config = dataclasses.replace(QUICK, features=["statistics"], targets=["test_acc"], leave_one_epoch=False)
-    content = predict([zoo, Zoo("other", other)], config, tmp_path / "out")
-    rows = rows_of(content, protocol="out-of-distribution")
+    zoos.write_embeddings(tmp_path / "embeddings", other)
+    names = ["statistics", "sane+statistics"]
+    config = dataclasses.replace(QUICK, features=names, targets=["test_acc"], leave_one_epoch=False)
+    both = [zoo, Zoo("other", other, Embeddings.open(tmp_path / "embeddings"))]
+    content = predict(both, config, tmp_path / "out")
+    rows = rows_of(content, protocol="out-of-distribution", features="statistics")
     assert other.models["id"] == zoo.table["id"] and other.models["sha256"] != zoo.table["sha256"]
-    assert [row["part"] for row in rows] == ["zoo -> other", "other -> zoo"]
+    assert [row["part"] for row in rows] == ["zoo -> other", "other -> zoo", "other -> other"]
     assert all(row["r2"] > 0.5 and "left out" not in row["note"] for row in rows)
     assert all(row["n_test_models"] * 3 == row["n_test"] for row in rows)
+    (alone,) = rows_of(predict(both[1:], config, tmp_path / "alone"), features="statistics")
+    assert alone["r2"] == rows[2]["r2"]  # the other zoo's own score
+    parts = ["test_acc, ridge: ", *(f"test_acc, ridge, {row['part']}: " for row in rows)]
+    assert all(one.startswith(part) for one, part in zip(content["verdict"], parts, strict=True))
+    table = "\n".join(results_table(content))
+    assert "test_acc, zoo (" in table and "zoo -> zoo" in table and "other -> other" in table
+    (line,) = [line for line in table.splitlines() if line.startswith("  statistics  ") and line.count("[") == 4]
+    assert f"{rows[0]['r2']:.3f} [{rows[0]['r2_low']:.3f}, {rows[0]['r2_high']:.3f}]" in line
+
+
+def test_each_set_with_sane_is_compared_with_the_same_without(zoo, tmp_path):
+    names = ["spectral", "sane+spectral", "statistics+spectral", "statistics+sane_mean+spectral", "sane+statistics"]
+    config = dataclasses.replace(QUICK, features=names, targets=["test_acc"], leave_one_epoch=False)
+    verdict = predict([zoo], config, tmp_path / "out")["verdict"]
+    assert ["SANE with spectral from spectral alone:" in verdict[0], len(verdict)] == [True, 2]
+    assert " sane_mean with s(W) and spectral from s(W) and spectral alone: " in verdict[1]
 
 
 def test_out_of_distribution_tests_no_model_that_was_trained_on(store, tmp_path):
@@ -141,9 +162,11 @@ def test_out_of_distribution_tests_no_model_that_was_trained_on(store, tmp_path)
                 {name.partition(":")[2] for rows in some for name in population.model_R[rows]}
                 for some in ((part.train, part.val), (part.test,))
             )
-            assert not trained & tested and words in part.note and " test models of " in part.note
+            assert not trained & tested
+            assert part.part == "b -> b" or (words in part.note and " test models of " in part.note)
     content = predict(zoos, config, tmp_path / "out")
-    assert all("left out" in row["note"] for row in rows_of(content, protocol="out-of-distribution"))
+    rows = rows_of(content, protocol="out-of-distribution")
+    assert ["left out" in row["note"] for row in rows] == [True, True, False]
 
 
 def test_one_fit_that_fails_is_a_note(zoo, tmp_path, monkeypatch):
@@ -201,10 +224,18 @@ def test_last_checkpoints_of_models_without_epochs_count(store):
     assert population.counted_R.sum() == 20
 
 
-def test_notes_say_whose_they_are(results):
-    content, _ = results
-    constant = "the truth is the same for all test rows: neither R2 nor tau is defined"
-    assert f"epoch, epoch 0, epoch 1, epoch 2: {constant}" in content["notes"]
+def test_notes_say_whose_they_are(zoo, store):
+    run = Prediction([zoo], QUICK)
+    for features in QUICK.features:
+        for part in ("epoch 0", "epoch 1"):
+            row = {"target": "test_acc", "features": features, "part": part}
+            run.judged.append(Judged(row, notes=["odd", *(["odder"] if features == "sane" else [])]))
+    assert run.notes == ["test_acc, epoch 0, epoch 1: odd", "test_acc, sane, epoch 0, epoch 1: odder"]
+    same = pa.array(np.where(np.array(store.models["split"]) == "test", 0.5, np.arange(60) / 60))
+    store = dataclasses.replace(store, models=store.models.append_column("property.some", same))
+    run = Prediction([Zoo("zoo", store)], dataclasses.replace(QUICK, targets=["some"], features=["statistics"]))
+    run.run()
+    assert any("the truth is the same for all test rows: neither R² nor tau is defined" in note for note in run.notes)
 
 
 def test_a_run_has_its_features_and_the_probe_that_validation_chose(zoo):
@@ -260,6 +291,28 @@ def test_useless_fits_are_short_in_the_table_and_whole_in_the_files(results):
     assert "< -10 [< -10, 0.250]" in text and "-209" not in text
 
 
+def test_tables_fit_a_terminal_and_choices_stay_in_the_files(results):
+    content, _ = results
+    wide = [
+        row | {"features": f"{row['features']}+{'x' * 20}", "choice": "penalty 1, " * 30} for row in content["rows"]
+    ]
+    lines = list(results_table(content | {"rows": wide, "notes": []}))
+    assert max(map(len, lines)) <= WIDEST and not any("penalty" in line for line in lines)
+    assert sum("epoch 1" in line for line in lines) == 2  # the columns of four sets stand in two blocks
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(-362.471, "-362"), (1234.5, "1,234"), (20.62, "20.6"), (2.345, "2.35"), (0.81234, "0.812"), (0, "0.000")],
+)
+def test_three_digits_count(value, words):
+    assert digits(value) == words
+
+
+def test_small_errors_keep_their_digits():
+    assert digits(0.00012345, 6) == "0.000123" and digits(0.00012345) == "0.000" and digits(12.0, sign="+") == "+12.0"
+
+
 def test_results_are_not_overwritten(results, zoo, tmp_path):
     _, output = results
     digest = identity([zoo], QUICK)[0]
@@ -277,24 +330,29 @@ def test_results_are_not_overwritten(results, zoo, tmp_path):
 
 def test_the_sentence_tells_worse_from_not_told_apart():
     from sane_ray.properties.evaluation import Score
-    from sane_ray.properties.prediction import Judged
 
     def judged(value, draws, choice="penalty 1, weights sane 1, statistics 1"):
-        return Judged({"target": "t", "probe": "ridge", "choice": choice}, {"r2": Score(value, np.array(draws))})
+        row = {"target": "t", "probe": "ridge", "part": "", "features": "sane+statistics", "choice": choice}
+        return Judged(row, {"r2": Score(value, np.array(draws))})
 
     base = judged(0.5, [0.4, 0.5, 0.6])
-    assert "SANE with s(W) is better than s(W) alone: R2 0.600" in compare(judged(0.6, [0.5, 0.6, 0.7]), base)
+    assert "SANE with s(W) is better than s(W) alone: R² 0.600" in compare(judged(0.6, [0.5, 0.6, 0.7]), base)
     assert "is not told apart" in compare(judged(0.45, [0.3, 0.45, 0.65]), base)
     assert "is not told apart" in compare(judged(0.55, [0.39, 0.55, 0.65]), base)
     assert "is worse" in compare(judged(0.3, [0.2, 0.3, 0.4]), base)
     assert compare(judged(np.nan, [0.4, 0.5, 0.6]), base) == compare(judged(0.5, [np.nan] * 3), base) == ""
     useless = judged(-209.0, [-210.0, -209.0, -208.0])
-    assert ": neither SANE with s(W) nor s(W) alone reads it: R2 < -10 [< -10, < -10]" in compare(useless, useless)
+    assert ": neither SANE with s(W) nor s(W) alone reads it: R² < -10 [< -10, < -10]" in compare(useless, useless)
     few, many = (judged(0.6, [0.5, 0.6, 0.7]) for _ in range(2))
     few.row["n_test_models"], many.row["n_test_models"] = 19, 20
-    assert compare(few, base).endswith("; only 19 test models") and "only" not in compare(many, base)
-    ranked = [Judged(j.row, {"r2": Score(0.1, np.zeros(3)), "tau": j.scores["r2"]}) for j in (few, base)]
+    only = "t, ridge: only 19 test models, too few to tell SANE with s(W) from s(W) alone: R² 0.600"
+    assert compare(few, base).startswith(only) and "better" not in compare(few, base)
+    assert "only" not in compare(many, base)
+    ranked = [Judged(j.row, {"r2": Score(0.1, np.zeros(3)), "tau": j.scores["r2"]}) for j in (many, base)]
     assert "is better than s(W) alone: tau 0.600" in compare(*ranked, "tau")
-    assert "is not told apart from s(W) alone: R2 0.100" in compare(*ranked)
+    assert "is not told apart from s(W) alone: R² 0.100" in compare(*ranked)
     unused = judged(0.5, [0.4, 0.5, 0.6], "penalty 1, weights sane 0, statistics 1")
     assert "gave SANE no weight" in compare(unused, base)
+    for choice, said in (("C 1 of statistics", True), ("C 1 of all", False), ("C 1 of sane_shape", False)):
+        fit = judged(0.5, [0.4, 0.5, 0.6], choice)
+        assert ("gave SANE no weight" in compare(fit, base)) == said

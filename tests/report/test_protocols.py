@@ -16,7 +16,11 @@ def test_a_line_a_feature_set_over_the_epochs_in_their_order():
     assert has_epochs(rows) and not has_epochs(rows[4:])
     figure = epochs_figure(rows)
     lines = [line for line in figure.axes[0].get_lines() if line.get_marker() in ("o", "s") and len(line.get_xdata())]
-    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in lines] == [([2, 10], [0.5, 0.9]), ([2], [0.4])]
+    (sane, statistics) = ((list(line.get_xdata()), list(line.get_ydata())) for line in lines)
+    assert (sane[1], statistics[1]) == ([0.5, 0.9], [0.4])
+    assert 0 > sane[0][0] > -0.5 and 0 < statistics[0][0] < 0.5 and sane[0][1] == sane[0][0] + 1  # beside each other
+    assert list(figure.axes[0].get_xticks()) == [0, 1]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["2", "10"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sane", "statistics"]
 
 
@@ -40,10 +44,33 @@ def test_a_matrix_has_rows_of_training_columns_of_test_zoos_and_blanks():
     shown = np.ma.filled(axes.get_images()[0].get_array(), np.nan)
     assert np.array_equal(shown, [[0.9, 0.2], [-3, np.nan]], equal_nan=True)
     assert [text.get_text() for text in axes.texts] == ["0.90", "0.20", "-3.00"]
+    assert axes.get_title(loc="left") == "test_acc, ridge\nsane"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_every_probe_has_its_matrices():
+    probes = ("ridge", "boosting")
+    rows = [row("a -> b", 0.2 + place, "out-of-distribution", probe=name) for place, name in enumerate(probes)]
+    rows += [row("b -> b", -362.47, "out-of-distribution"), row("", 0.9, "split", probe="boosting")]
+    ridge, boosting, _ = transfer_figure(rows, ["a", "b"]).axes
+    assert [text.get_text() for text in ridge.texts] == ["0.20", "-362"]
+    assert [text.get_text() for text in boosting.texts] == ["0.90", "1.20"]
+    assert boosting.get_title(loc="left") == "test_acc, boosting\nsane"
+
+
+def test_many_epochs_are_named_now_and_then_and_nine_sets_have_marks_of_their_own():
+    rows = [row(f"epoch {epoch}", 0.5, features=f"set {place}") for epoch in range(30) for place in range(9)]
+    axes = epochs_figure(rows).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()][:4] == ["0", "", "", "3"]
+    drawn = [line for line in axes.get_lines() if len(line.get_xdata()) == 30]
+    assert len({(line.get_marker(), line.get_color(), line.get_linestyle()) for line in drawn}) == 9
+    assert len({float(line.get_xdata()[0]) for line in drawn}) == 9
 
 
 def test_zoos_are_read_off_the_parts_where_none_are_given_and_feature_sets_have_a_matrix_each():
     rows = [row("a -> b", 0.2, "out-of-distribution", features=name) for name in ("sane", "statistics")]
     figure = transfer_figure(rows)
-    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["test_acc\nsane", "test_acc\nstatistics"]
+    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == [
+        "test_acc, ridge\nsane",
+        "test_acc, ridge\nstatistics",
+    ]

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sane_ray.errors import InputError
+from sane_ray.nearby import near
 from sane_ray.tokens.normalization import Normalization
 from sane_ray.tokens.symmetry import Indices, Symmetry
 from sane_ray.tokens.tokenizer import LayerTable, detokenize
@@ -358,18 +359,23 @@ def _known(split: str) -> str:
     return split
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder has the index of a token store."""
+    return (folder / INDEX_FILE).is_file()
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
     remedy = f"python jobs/prepare.py --source ZOO --store {folder}"
     if not folder.exists():
-        raise InputError(f"--store {folder} does not exist: write it with `{remedy}`")
+        raise InputError(f"--store {folder} does not exist: write it with `{remedy}`{near(folder, is_store)}")
     if not path.is_file():
         what = f"--store {folder} is not a complete token store (it has no {INDEX_FILE})"
         if (folder / MODELS_FILE).is_file():  # what is left of one; anything else may be dear to its owner
             raise InputError(f"{what}: name another, or delete it and run `{remedy}`")
         raise InputError(
             f"{what}: name another, or, if it holds checkpoints, prepare them into a new folder: "
-            f"`python jobs/prepare.py --source {folder} --store STORE`"
+            f"`python jobs/prepare.py --source {folder} --store STORE`{near(folder, is_store)}"
         )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
