@@ -1,5 +1,6 @@
 """Fitting weights to other networks; every preserved function is that of a network trained on real digits."""
 
+import random
 import subprocess
 import sys
 
@@ -254,6 +255,48 @@ def test_a_deeper_chain_with_batch_norm_is_almost_the_same(images):
     fitted = target.apply({key: value[None] for key, value in source.state_dict().items()}, 0)
     deep.load_state_dict({key: value[0] for key, value in fitted.items()})
     torch.testing.assert_close(deep(images), source(images), rtol=1e-3, atol=1e-3)  # norms have an epsilon
+
+
+def random_chain(widths, kernels, norms, features):
+    """A chain for images of 4x4, in double precision."""
+    layers, before = [], 1
+    for width, kernel in zip(widths, kernels, strict=True):
+        norm = [nn.BatchNorm2d(width, eps=1e-12)] if norms else []
+        layers += [nn.Conv2d(before, width, kernel, padding=kernel // 2), *norm, nn.ReLU()]
+        before = width
+    layers, before = [*layers, nn.Flatten()], before * 16
+    for width in features:
+        layers += [nn.Linear(before, width), nn.ReLU()]
+        before = width
+    net = nn.Sequential(*layers[:-1]).double().eval().requires_grad_(False)
+    for norm in (each for each in net if isinstance(each, nn.BatchNorm2d)):
+        for value in (norm.weight, norm.running_var):
+            nn.init.uniform_(value, 0.5, 2)
+        for value in (norm.bias, norm.running_mean):
+            nn.init.normal_(value)
+    return net
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_chains_keep_their_function_wider_and_deeper(seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    count = rng.randint(1, 4)
+    widths, kernels = [rng.randint(1, 6) for _ in range(count)], [rng.choice([1, 3]) for _ in range(count)]
+    features, norms = [rng.randint(2, 6) for _ in range(rng.randint(1, 3))], rng.random() < 0.5
+    source = random_chain(widths, kernels, norms, features)
+    widths = [width + rng.randint(0, 9) for width in widths]
+    features = [width + rng.randint(0, 7) for width in features[:-1]] + features[-1:]
+    for _ in range(rng.randint(0, 2)):
+        place = rng.randrange(len(widths))
+        widths.insert(place + 1, widths[place])
+        kernels.insert(place + 1, rng.choice([1, 3]))
+    deep = random_chain(widths, kernels, norms, features)
+    target = Target(shapes_of(source.state_dict()), shapes_of(deep.state_dict()))
+    fitted = target.apply({key: value[None] for key, value in source.state_dict().items()}, 0)
+    deep.load_state_dict({key: value[0] for key, value in fitted.items()})
+    images = torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(deep(images), source(images), rtol=1e-9, atol=1e-9)
 
 
 def test_describe_says_what_becomes_of_each_layer():
