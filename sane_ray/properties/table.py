@@ -11,8 +11,8 @@ import numpy as np
 
 from sane_ray.config import PropertiesConfig
 from sane_ray.properties.features import Zoo
-from sane_ray.report.names import counted
 from sane_ray.properties.protocols import moved
+from sane_ray.report.names import counted
 
 LABELS = {"r2": "R²", "tau": "tau", "mae": "MAE", "accuracy": "accuracy"}
 _NOTES = 12

@@ -1,10 +1,10 @@
-"""The small networks of our zoos: the two published ones and one for 8x8 images, each written once as a list of layers.
+"""The small networks of our zoos: the two published ones and those for 8x8 images, each written once as layers.
 
 A network is rebuilt from a model's ``params.json`` alone. This module never trains and never touches the global random
 state: an initialisation depends on nothing but the seed in the params.
 
-Dropout never has a place of its own in ``cnn_s`` and ``digits_cnn``: it sits inside the activation, so that the keys of
-a state dict do not depend on the dropout rate (the published code shifts them, which makes two architectures of one).
+Dropout never has a place of its own but in ``cnn_l``: it sits inside the activation, so that the keys of a state dict
+do not depend on the dropout rate (the published code shifts them, which makes two architectures of one).
 """
 
 from __future__ import annotations
@@ -136,10 +136,48 @@ ARCHITECTURES: dict[str, Architecture] = {
                 Linear(None),
             ),
         ),
+        Architecture(
+            "digits_cnn_wide",
+            "digits_cnn_wide",
+            8,
+            (
+                Conv(16, 3, padding=1),
+                Pool(),
+                Activation(dropout=True),
+                Conv(20, 3),
+                Activation(dropout=True),
+                Flatten(),
+                Linear(48),
+                Activation(dropout=True),
+                Linear(None),
+            ),
+        ),
+        Architecture(
+            "digits_cnn_deep",
+            "digits_cnn_deep",
+            8,
+            (
+                Conv(8, 3, padding=1),
+                Pool(),
+                Activation(dropout=True),
+                Conv(10, 3),
+                Activation(dropout=True),
+                Conv(10, 3, padding=1),
+                Activation(dropout=True),
+                Flatten(),
+                Linear(24),
+                Activation(dropout=True),
+                Linear(None),
+            ),
+        ),
     )
 }
 """By name. Keys, shapes and parameter counts of ``cnn_s`` (2,464 with 1 channel) and ``cnn_l`` (10,853 with 3) are
-those of the published zoos; ``digits_cnn`` has 2,044 parameters in 52 channels of at most 73 values (bias included)."""
+those of the published zoos; ``digits_cnn`` has 2,044 parameters in 52 channels of at most 73 values (bias included).
+``digits_cnn_wide`` (7,438) has twice its channels and ``digits_cnn_deep`` (2,954) a convolution more."""
+
+AUTO = ("digits_cnn", "cnn_s", "cnn_l")
+"""What ``auto`` chooses among: one architecture for each size of images."""
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -182,10 +220,11 @@ def architecture_for(name: str, image_shape: tuple[int, int, int]) -> Architectu
     """
     _, height, width = image_shape
     if name == "auto":
-        for architecture in ARCHITECTURES.values():
+        choices = [ARCHITECTURES[choice] for choice in AUTO]
+        for architecture in choices:
             if height == width == architecture.image_size:
                 return architecture
-        sizes = ", ".join(f"{each.image_size}x{each.image_size} ({each.name})" for each in ARCHITECTURES.values())
+        sizes = ", ".join(f"{each.image_size}x{each.image_size} ({each.name})" for each in choices)
         raise InputError(
             f"zoo.architecture 'auto' knows images of {sizes}, these are {height}x{width}: "
             "resize them, or name an architecture"

@@ -418,6 +418,8 @@ KNOWN = {
     "cnn_s": (lambda: zoo_cnn("CNN", 1), torch.randn(3, 1, 28, 28), {}, 4),
     "cnn_l": (lambda: zoo_cnn("CNN3", 3), torch.randn(3, 3, 32, 32), {}, 4),
     "digits_cnn": (lambda: zoo_cnn("digits_cnn", 1), torch.randn(3, 1, 8, 8), {}, 3),
+    "digits_cnn_wide": (lambda: zoo_cnn("digits_cnn_wide", 1), torch.randn(3, 1, 8, 8), {}, 3),
+    "digits_cnn_deep": (lambda: zoo_cnn("digits_cnn_deep", 1), torch.randn(3, 1, 8, 8), {}, 4),
     "resnet18": (lambda: nets.ResNet(18), IMAGES, {}, 8 + 4),
     "resnet34": (lambda: nets.ResNet(34), IMAGES, {}, 16 + 4),
     "resnet50": (lambda: nets.ResNet(50), IMAGES, {}, 32 + 5),

@@ -1,7 +1,10 @@
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sane_ray.config import ZooConfig
 from sane_ray.errors import InputError
 from sane_ray.zoo.architectures import (
     ACTIVATIONS,
@@ -54,6 +57,36 @@ def test_digits_cnn_is_small_in_every_way_that_tokens_count():
     assert sum(len(weight) for weight in weights) == 52
     assert max(weight[0].numel() + 1 for weight in weights) == 73
     assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def weights_of(name):
+    state_dict = from_params({**PARAMS, "model::type": name}).state_dict()
+    return {key: tuple(value.shape) for key, value in state_dict.items() if key.endswith("weight")}
+
+
+def test_digits_cnn_has_a_wide_and_a_deep_relative():
+    assert weights_of("digits_cnn_wide") == {
+        "module_list.0.weight": (16, 1, 3, 3),
+        "module_list.3.weight": (20, 16, 3, 3),
+        "module_list.6.weight": (48, 80),
+        "module_list.8.weight": (10, 48),
+    }
+    assert weights_of("digits_cnn_deep") == {
+        "module_list.0.weight": (8, 1, 3, 3),
+        "module_list.3.weight": (10, 8, 3, 3),
+        "module_list.5.weight": (10, 10, 3, 3),
+        "module_list.8.weight": (24, 40),
+        "module_list.10.weight": (10, 24),
+    }
+    for name, parameters in (("digits_cnn_wide", 7438), ("digits_cnn_deep", 2954)):
+        net = from_params({**PARAMS, "model::type": name})
+        assert sum(value.numel() for value in net.parameters()) == parameters
+        assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_a_config_may_name_every_architecture():
+    names = get_args(get_type_hints(ZooConfig)["architecture"])
+    assert set(names) == {"auto", *ARCHITECTURES}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -123,7 +156,8 @@ def test_missing_key_is_named():
 
 def test_auto_picks_by_image_size():
     assert [architecture_for("auto", (1, size, size)).name for size in (8, 28, 32)] == ["digits_cnn", "cnn_s", "cnn_l"]
-    with pytest.raises(InputError, match="these are 64x64"):
+    known = r"knows images of 8x8 \(digits_cnn\), 28x28 \(cnn_s\), 32x32 \(cnn_l\), these are 64x64"
+    with pytest.raises(InputError, match=known):
         architecture_for("auto", (3, 64, 64))
     with pytest.raises(InputError, match="must be one of auto, digits_cnn"):
         architecture_for("vit", (3, 64, 64))

@@ -93,6 +93,13 @@ def test_published_architectures_equal_a_plain_loop(tmp_path, kind, channels, si
         assert_equal_histories(history, train_plainly(model, images, 2), 2e-5)
 
 
+@pytest.mark.parametrize("kind", ["digits_cnn_wide", "digits_cnn_deep"])
+def test_wide_and_deep_networks_equal_a_plain_loop(digits, kind):
+    params = {**BASE, "model::type": kind}
+    (history,) = train_stack([params], digits, [0, 1])
+    assert_equal_histories(history, train_plainly(params, digits, 1), 2e-5)
+
+
 @pytest.mark.parametrize("batch_size", [32, 10])
 @pytest.mark.parametrize("nlin", ["tanh", "gelu"])
 def test_a_network_does_not_depend_on_its_neighbours_to_the_bit(digits, nlin, batch_size):

@@ -18,13 +18,16 @@ from sane_ray.tokens.symmetry.blocks import inner_symmetry
 from sane_ray.tokens.symmetry.modules import Modules, Tensors, is_batch_norm, is_layer, modules_of
 from sane_ray.tokens.tokenizer import LayerTable
 
-_ZOO_TYPES = frozenset({"CNN", "CNN2", "CNN3", "MLP", "cnn_s", "cnn_l", "digits_cnn"})
+_DIGITS = ("digits_cnn", "digits_cnn_wide", "digits_cnn_deep")
+_ZOO_TYPES = frozenset({"CNN", "CNN2", "CNN3", "MLP", "cnn_s", "cnn_l", *_DIGITS})
 """What ``model::type`` of a params.json names that is a chain under ``module_list``: published types and our own."""
 
 _ZOO_CNNS = (
     ((8, 5, 5), (6, 5, 5), (4, 2, 2), (20,)),
     ((16, 3, 3), (32, 3, 3), (15, 3, 3), (20,)),
     ((8, 3, 3), (10, 3, 3), (24,)),
+    ((16, 3, 3), (20, 3, 3), (48,)),
+    ((8, 3, 3), (10, 3, 3), (10, 3, 3), (24,)),
 )
 """Channels and kernels of all layers but the last of the zoos' CNNs, which are known without their params too."""
 
