@@ -38,6 +38,7 @@ from sane_ray.sampling.files import (
 from sane_ray.sampling.generation import Codec, Weights, state_dict
 from sane_ray.sampling.methods import SWEPT, Measured, Pool, Sampler
 from sane_ray.sampling.plan import SamplePlan, describe, plan_of
+from sane_ray.sampling.targets import Target
 from sane_ray.shell import command, this_command
 from sane_ray.tokens.store.text_table import table
 from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
@@ -47,6 +48,9 @@ EXPERIMENT = "sane_ray sampling"
 """Name of the MLflow experiment."""
 
 PICTURES, REPORT_FILE, LOGGED_FILE = "plots", "report.html", ".logged"
+
+_TWIN_NOISE = 0.01
+"""Of the spread of a tensor: noise on channels that a wider target has more than once."""
 
 _TOGETHER = 16
 """Networks that are measured side by side."""
@@ -153,18 +157,29 @@ def measured(measuring: Measuring, weights: Weights, plan: SamplePlan) -> Measur
 def finished(plan: SamplePlan, weights: Weights) -> Weights:
     """From weights of the anchors' architecture to those of the networks that come out, [R, *shape] each.
 
-    What begins anew is drawn with the network's own weights for a seed: so a network that is measured, and written
-    later, has the same.
+    What is drawn for it has the network's own weights for a seed: so a network that is measured, and written later, is
+    the same.
     """
-    target = plan.target
-    if target is None:
+    if plan.target is None:
         return weights
-    networks = []
-    for index in range(len(next(iter(weights.values())))):
-        network = state_dict(weights, index)
-        seed = zlib.crc32(b"".join(value.contiguous().numpy().tobytes() for value in network.values()))
-        networks.append(state_dict(target.apply({key: value[None] for key, value in network.items()}, seed), 0))
+    count = len(next(iter(weights.values())))
+    networks = [_fitted(plan.target, state_dict(weights, index)) for index in range(count)]
     return {key: torch.stack([network[key] for network in networks]) for key in networks[0]}
+
+
+def _fitted(target: Target, network: Weights) -> Weights:
+    """One network of the target's architecture.
+
+    Channels that are there more than once get a little noise, which lets training tell them apart (Chen et al. 2016).
+    """
+    seed = zlib.crc32(b"".join(value.contiguous().numpy().tobytes() for value in network.values()))
+    rng = torch.Generator().manual_seed(seed)
+    copies = {}
+    for key, value in network.items():
+        noise = torch.randn(target.copies, *value.shape, generator=rng) * _TWIN_NOISE * float(value.std(correction=0))
+        noise[0] = 0
+        copies[key] = (value + noise)[None]
+    return state_dict(target.apply(copies, seed), 0)
 
 
 def _write(drawing: Drawing, measuring: Measuring | None, start: float) -> None:

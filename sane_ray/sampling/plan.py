@@ -21,7 +21,7 @@ from sane_ray.sampling.anchors import Anchors, choose
 from sane_ray.sampling.targets import Target
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.reading import json_digest
-from sane_ray.zoo.architectures import architecture_for, from_params, image_shape_of, parameter_shapes
+from sane_ray.zoo.architectures import architecture_for, described, from_params, image_shape_of, parameter_shapes
 from sane_ray.zoo.images import ImageData, load_images
 
 VERSION = 1
@@ -155,13 +155,13 @@ def _recipe(job: SampleJob, anchors: Anchors, images: ImageData | None) -> dict[
 def _target(anchors: Anchors, recipe: Mapping[str, Any]) -> Target | None:
     """How weights of the anchors become those of the recipe's architecture; None if they have its shapes."""
     source, wanted = shapes_of(anchors.params), shapes_of(recipe)
-    return None if source == wanted else Target(source, wanted)
+    if source == wanted:
+        return None
+    return Target(source, wanted, initialization=str(recipe["model::init_type"]))
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the network that params describe."""
-    from sane_ray.zoo.architectures import described
-
     return parameter_shapes(described(params), image_shape_of(params), int(params["model::o_dim"]))
 
 
