@@ -1,0 +1,1 @@
+"""Writes models: latent densities, generation, selection, and the novelty audit."""
