@@ -20,7 +20,7 @@ from sane_ray.errors import InputError
 from sane_ray.finetuning.evaluation import Histories, Piece
 from sane_ray.finetuning.measuring import Failed, Measuring
 from sane_ray.finetuning.results import Method, methods_of, rows_of, table_of, verdict
-from sane_ray.report.sampling import draw_finetuning, write_finetuning_report
+from sane_ray.report.generated import draw_finetuning, write_finetuning_report
 from sane_ray.sampling.files import Samples, write_rows
 from sane_ray.shell import this_command
 from sane_ray.tokens.store.reading import json_digest

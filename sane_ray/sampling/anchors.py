@@ -19,6 +19,7 @@ from sane_ray.errors import InputError
 from sane_ray.pretraining.networks import groups_of
 from sane_ray.tokens.alignment import Matcher
 from sane_ray.tokens.store import Architecture, TokenStore
+from sane_ray.tokens.store.reading import settings_of
 from sane_ray.tokens.symmetry import Symmetry, permute
 from sane_ray.zoo.filters import select
 from sane_ray.zoo.readers import Record
@@ -42,6 +43,11 @@ class Anchors:
     def architecture(self) -> Architecture:
         """Of all of them."""
         return self.store.architecture_of(self.ordinals[0])
+
+    @property
+    def are_aligned(self) -> bool:
+        """Whether the store holds its networks aligned to one of them: the order of channels that SANE knows."""
+        return settings_of(self.store).get("align", "none") != "none"
 
     @property
     def ids(self) -> list[str]:

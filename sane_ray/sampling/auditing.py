@@ -1,29 +1,56 @@
-"""The novelty audit: whether sampled networks are more than copies of training networks, and better than cheaper ways.
+"""The audit of a run of sampling: what ``sane_ray.sampling.audit`` measures, for the networks that were drawn.
 
-Zeng et al. (CVPR 2026) found that generators of weights mostly replicate the checkpoints that they were trained on, and
-do not beat noise added to them, or their averages. Each sampled network is compared with every training network of its
-kind, in aligned weights and in wrong answers, and each method with noise and interpolation at equal novelty.
+Each sampled network is compared with every training checkpoint of its kind, in aligned weights and in wrong answers,
+and each source of SANE with noise, interpolation and averages at equal novelty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sane_ray.sampling.audit import (
+    Points,
+    Reference,
+    aligned_distances,
+    verdict,
+    weight_distances,
+    wrong_agreement,
+)
 from sane_ray.sampling.generation import Codec
 from sane_ray.sampling.methods import Pool
-from sane_ray.sampling.novelty import other_runs, weight_distances, wrong_agreement
+from sane_ray.tokens.symmetry import Symmetry
+from sane_ray.tokens.tokenizer import detokenize, tokenize
 
-COPY = 0.5
-"""A network less far from a training network than this fraction of the usual distance of two runs is called near it."""
+MATCHED = 3
+"""Nearest training networks whose channels are matched to each sample's own."""
 
-DRAWS = 2000
-FEWEST = 5
-"""With fewer networks of a method nothing is claimed of it."""
+MOST_TRAINING = 500
+"""Training networks that tell the usual distance of two runs; of more so many at random."""
+
+BASELINES = ("noise", "shared_noise", "interpolation", "average")
+"""Swept sources without SANE, which those of SANE are compared with at equal novelty."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training networks that samples may be copies of."""
+
+    networks: Sequence[Mapping[str, Tensor]]
+    """Aligned as the samples' anchors are."""
+    ids: Sequence[str]
+    runs: Sequence[str]
+    """The trained network that each is a checkpoint of."""
+    predictions_MI: NDArray[np.int16] | None
+    """Their answers to the test images; None where they do not answer them."""
+    labels_I: NDArray[np.int64] | None
+    """Classes of the test images."""
 
 
 class Auditor:
@@ -31,149 +58,131 @@ class Auditor:
 
     Args:
         codec: of their architecture.
-        training: state dicts, aligned as the samples are.
-        ids: of the training networks.
-        runs: the trained network that each is a checkpoint of.
-        predictions_MI: their answers to the test images; None where they do not answer them.
-        labels_I: classes of the test images.
+        training: what they may be copies of.
+        symmetry: of the architecture; a trivial one where channels are not to be matched.
     """
 
-    def __init__(
-        self,
-        codec: Codec,
-        training: Sequence[Mapping[str, Tensor]],
-        ids: Sequence[str],
-        runs: Sequence[str],
-        predictions_MI: NDArray[np.int16] | None,
-        labels_I: NDArray[np.int64] | None,
-    ) -> None:
-        self._codec, self._ids = codec, list(ids)
-        self._values_MV = codec.values(codec.tokens(training))
-        self._predictions_MI, self._labels_I = predictions_MI, labels_I
-        distances = other_runs(weight_distances(self._values_MV, self._values_MV), runs, np.inf).min(1)
-        finite = distances[np.isfinite(distances)]
-        self.unit = float(np.median(finite)) if len(finite) else 1.0
-        """Distance that counts as novelty 1: the median over training networks to the nearest of another run."""
-        self.usual_agreement: float | None = None
-        """95 % of the training networks agree less than this in wrong answers with their likest of another run."""
-        if predictions_MI is not None and labels_I is not None and len(finite):
-            alike = other_runs(wrong_agreement(predictions_MI, predictions_MI, labels_I), runs, 0.0).max(1)
-            self.usual_agreement = float(np.quantile(alike, 0.95))
+    def __init__(self, codec: Codec, training: Training, symmetry: Symmetry) -> None:
+        self._codec, self._training, self._symmetry = codec, training, symmetry
+        self._tokens_MNT = codec.tokens(training.networks)
+        self._values_MV = codec.values(self._tokens_MNT).numpy()
+        self.reference = self._reference()
 
     def rows(self, pool: Pool) -> Iterator[dict[str, Any]]:
         """What is known of each network of a pool."""
         if not len(pool):
             return
-        distances_RM = weight_distances(self._codec.values(pool.tokens_RNT), self._values_MV)
-        nearest_R = distances_RM.argmin(1)
-        alike_RM = None
-        if self._predictions_MI is not None and self._labels_I is not None and pool.measured is not None:
-            alike_RM = wrong_agreement(pool.measured.predictions_RI, self._predictions_MI, self._labels_I)
-        for row, nearest in enumerate(nearest_R):
-            distance = float(distances_RM[row, nearest])
-            known: dict[str, Any] = {
-                "distance": distance,
-                "novelty": distance / self.unit,
-                "nearest": self._ids[nearest],
-            }
+        distances_R, nearest_R = self._distances(pool.tokens_RNT)
+        agreements_R = self._agreements(pool)
+        for row, (distance, nearest) in enumerate(zip(distances_R.tolist(), nearest_R.tolist(), strict=True)):
+            known: dict[str, Any] = {"distance": distance, "nearest": self._training.ids[nearest]}
+            known["novelty"] = None if self.reference is None else distance / self.reference.median_distance
             if pool.measured is not None:
                 measured = pool.measured
                 known |= {name: float(getattr(measured, name)[row]) for name in ("val_acc", "val_loss", "test_acc")}
-            known["wrong_agreement"] = None if alike_RM is None else float(alike_RM[row].max())
+            known["wrong_agreement"] = None if agreements_R is None else float(agreements_R[row])
             yield known
 
+    def verdict(self, rows: Sequence[Mapping[str, Any]], candidates: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Plain sentences: first the sources of SANE, as they are drawn, then what selection keeps of them.
 
-def compare_at_equal_novelty(
-    novelty_R: NDArray[np.float64], accuracy_R: NDArray[np.float64], curve: Sequence[Mapping[str, Any]]
-) -> tuple[float, float, float] | None:
-    """Mean accuracy of a method less that of a baseline at the same novelty, with 95 % of its bootstrap.
+        Args:
+            rows: kept networks of all methods.
+            candidates: drawn networks of all sources at all scales.
+        """
+        if self.reference is None:
+            return ["Nothing is said of novelty: the store holds networks of one training run alone."]
+        baselines = {
+            name.replace("_", " "): points_of([row for row in candidates if row["source"] == name], swept=True)
+            for name in BASELINES
+            if any(row["source"] == name for row in candidates)
+        }
+        anchors = [row for row in candidates if row["source"] == "anchors"]
+        of_anchors = points_of(anchors) if anchors else None
+        said = []
+        for source in dict.fromkeys(row["source"] for row in candidates if is_of_sane(row["source"])):
+            mine = [row for row in candidates if row["source"] == source and row["as_method"]]
+            said.append(" ".join(verdict(source, points_of(mine), self.reference, baselines, of_anchors)))
+        for method in dict.fromkeys(
+            row["method"] for row in rows if is_of_sane(row["method"]) and ":" in row["method"]
+        ):
+            mine = [row for row in rows if row["method"] == method]
+            said.append(" ".join(verdict(method, points_of(mine), self.reference, {}, of_anchors)))
+        return said
 
-    Each network of the method is compared with the baseline's mean accuracy at its own novelty, interpolated between
-    the scales that the baseline was drawn at. None where the method's median novelty is outside of these: nothing is
-    extrapolated.
+    def _distances(
+        self, tokens_RNT: Tensor, runs_R: Sequence[str] | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Distance to the nearest training network, and which; of another run where runs are given."""
+        values_RV = self._codec.values(tokens_RNT).numpy()
+        runs_M = None if runs_R is None else self._training.runs
+        if self._symmetry.is_trivial:
+            return weight_distances(values_RV, self._values_MV, runs_R, runs_M)
+        return aligned_distances(
+            values_RV,
+            self._values_MV,
+            _States(self._codec, tokens_RNT),
+            _States(self._codec, self._tokens_MNT),
+            self._symmetry,
+            self._flat,
+            nearest=MATCHED,
+            runs_R=runs_R,
+            runs_M=runs_M,
+        )
 
-    Args:
-        novelty_R: of the method's networks.
-        accuracy_R: of the same.
-        curve: the baseline's networks: ``scale``, ``novelty``, ``test_acc``.
-    """
-    scales = sorted({row["scale"] for row in curve})
-    samples = [
-        np.array([[row["novelty"], row["test_acc"]] for row in curve if row["scale"] == scale]) for scale in scales
-    ]
-    middle = float(np.median(novelty_R))
-    centres = [float(sample[:, 0].mean()) for sample in samples]
-    if len(centres) < 2 or not min(centres) <= middle <= max(centres):
-        return None
-    rng, differences = np.random.default_rng(0), []
-    for draw in range(DRAWS + 1):
-        ours = np.arange(len(novelty_R)) if draw == 0 else rng.integers(len(novelty_R), size=len(novelty_R))
-        theirs = [sample if draw == 0 else sample[rng.integers(len(sample), size=len(sample))] for sample in samples]
-        points = np.array([sample.mean(0) for sample in theirs])
-        points = points[points[:, 0].argsort()]
-        expected = np.interp(novelty_R[ours], points[:, 0], points[:, 1])
-        differences.append(float((accuracy_R[ours] - expected).mean()))
-    low, high = np.percentile(differences[1:], [2.5, 97.5])
-    return differences[0], float(low), float(high)
+    def _flat(self, state: Mapping[str, Tensor]) -> NDArray[Any]:
+        values: NDArray[Any] = self._codec.values(tokenize(state, self._codec.table)[None])[0].numpy()
+        return values
 
+    def _agreements(self, pool: Pool) -> NDArray[np.float64] | None:
+        training = self._training
+        if training.predictions_MI is None or training.labels_I is None or pool.measured is None:
+            return None
+        return wrong_agreement(pool.measured.predictions_RI, training.predictions_MI, training.labels_I)[0]
 
-CURVES = {
-    "noise": "noise added to anchors",
-    "shared_noise": "noise that all tokens share",
-    "interpolation": "interpolation of anchors",
-    "average": "averages of anchors",
-}
-"""Baselines that methods are compared with at equal novelty."""
-
-_WITHOUT_SANE = ("scratch", "anchors", "noise", "shared_noise", "average", "interpolation")
-
-
-def verdict(
-    rows: Sequence[Mapping[str, Any]],
-    candidates: Sequence[Mapping[str, Any]],
-    usual_agreement: float | None,
-) -> list[str]:
-    """Plain sentences: whether each method of SANE copies, and whether it beats noise and interpolation.
-
-    Args:
-        rows: kept networks of all methods.
-        candidates: drawn networks of all sources at all scales; comparisons are of unselected draws of both sides.
-        usual_agreement: as the auditor has it.
-    """
-    said = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        if method.split(":")[0] not in _WITHOUT_SANE:
-            said.append(_of_copies(method, [row for row in rows if row["method"] == method], usual_agreement))
-    for source in dict.fromkeys(row["source"] for row in candidates):
-        if source in _WITHOUT_SANE or source == "reconstruction":
-            continue
-        mine = [row for row in candidates if row["source"] == source and row["as_method"]]
-        for baseline, words in CURVES.items():
-            curve = [row for row in candidates if row["source"] == baseline]
-            if mine and curve:
-                said.append(_against(source, mine, words, curve))
-    return said
-
-
-def _of_copies(method: str, rows: Sequence[Mapping[str, Any]], usual: float | None) -> str:
-    novelty = float(np.median([row["novelty"] for row in rows]))
-    words = f"{method}: {novelty:.2f} of the distance between two training runs from its nearest training network"
-    near = novelty < COPY
-    agreements = [row["wrong_agreement"] for row in rows if row["wrong_agreement"] is not None]
-    if agreements and usual is not None:
-        agreement = float(np.median(agreements))
-        near = near or agreement > usual
-        words += f", {100 * agreement:.0f} % of wrong answers shared with the likest (runs: below {100 * usual:.0f} %)"
-    return f"{words}: {'close copies of training networks' if near else 'no copies'}"
+    def _reference(self) -> Reference | None:
+        """How near training networks of different runs are; None where there is one run."""
+        training = self._training
+        if len(set(training.runs)) < 2:
+            return None
+        chosen = np.sort(np.random.default_rng(0).permutation(len(training.runs))[:MOST_TRAINING])
+        runs = [training.runs[place] for place in chosen]
+        distances, _ = self._distances(self._tokens_MNT[torch.from_numpy(chosen)], runs)
+        agreements = np.full(len(chosen), np.nan)
+        if training.predictions_MI is not None and training.labels_I is not None:
+            predictions = training.predictions_MI
+            agreements, _ = wrong_agreement(predictions[chosen], predictions, training.labels_I, runs, training.runs)
+        return Reference(distances, agreements)
 
 
-def _against(source: str, mine: Sequence[Mapping[str, Any]], words: str, curve: Sequence[Mapping[str, Any]]) -> str:
-    if len(mine) < FEWEST:
-        return f"{source} against {words}: {len(mine)} networks are too few to tell"
-    novelty, accuracy = (np.array([row[name] for row in mine], dtype=float) for name in ("novelty", "test_acc"))
-    found = compare_at_equal_novelty(novelty, accuracy, curve)
-    if found is None:
-        return f"{source} against {words}: not comparable, as no scale of it is as far from the training networks"
-    gap, low, high = (100 * value for value in found)
-    word = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
-    return f"{source} is {word} {words} at equal novelty: {gap:+.1f} points of accuracy [{low:+.1f}, {high:+.1f}]"
+class _States(Sequence[Mapping[str, Tensor]]):
+    """Normalised state dicts of networks given as normalised tokens."""
+
+    def __init__(self, codec: Codec, tokens_RNT: Tensor) -> None:
+        self._table, self._tokens_RNT = codec.table, tokens_RNT
+
+    def __len__(self) -> int:
+        return len(self._tokens_RNT)
+
+    def __getitem__(self, index: Any) -> Any:
+        return detokenize(self._tokens_RNT[index], self._table)
+
+
+def is_of_sane(method: str) -> bool:
+    """Whether a method draws in the embeddings of SANE."""
+    return method.startswith("sane_")
+
+
+def points_of(rows: Sequence[Mapping[str, Any]], *, swept: bool = False) -> Points:
+    """The rows of one method as the audit takes them."""
+
+    def column(name: str) -> NDArray[np.float64]:
+        return np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=np.float64)
+
+    agreements = column("wrong_agreement")
+    return Points(
+        column("novelty"),
+        column("test_acc"),
+        None if np.isnan(agreements).all() else agreements,
+        column("scale") if swept else None,
+    )

@@ -19,9 +19,9 @@ from sane_ray.cluster import default_storage
 from sane_ray.config import SampleJob
 from sane_ray.finetuning.evaluation import METRICS, Piece
 from sane_ray.finetuning.measuring import Measuring, succeeded
-from sane_ray.report.sampling import draw_samples, write_sampling_report
+from sane_ray.report.generated import draw_samples, write_sampling_report
 from sane_ray.sampling.anchors import aligned
-from sane_ray.sampling.auditing import Auditor, verdict
+from sane_ray.sampling.auditing import Auditor, Training
 from sane_ray.sampling.files import (
     CANDIDATES_FILE,
     INDEX_FILE,
@@ -41,8 +41,12 @@ from sane_ray.sampling.plan import SamplePlan, describe, plan_of
 from sane_ray.sampling.targets import Target
 from sane_ray.shell import command, this_command
 from sane_ray.tokens.store.text_table import table
+from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
 from sane_ray.zoo.architectures import from_params
+
+NO_SYMMETRY = Symmetry({}, {})
+"""Of networks whose channels are not to be matched."""
 
 EXPERIMENT = "sane_ray sampling"
 """Name of the MLflow experiment."""
@@ -115,14 +119,15 @@ class Drawing:
         codec = Codec(SANE.from_pretrained(plan.model), anchors.architecture, settings)
         ordinals = [*anchors.ordinals, *anchors.others]
         raw = anchors.networks(ordinals)
-        training = aligned(raw, anchors.architecture.symmetry, raw[0]) if settings.align else raw
+        symmetry = anchors.architecture.symmetry if settings.align else NO_SYMMETRY
+        training = raw if anchors.are_aligned else aligned(raw, symmetry, raw[0])
         measure = None if measuring is None else Measure(plan, measuring)
         predictions = labels = None
         if measuring is not None and plan.target is None:
             stacked = {key: torch.stack([network[key] for network in training]) for key in training[0]}
             predictions, labels = measured(measuring, stacked, plan).predictions_RI, measuring.images.split("test")[1]
         ids = [str(name) for name in anchors.store.models["id"].take(ordinals).to_pylist()]
-        auditor = Auditor(codec, training, ids, anchors.runs(ordinals), predictions, labels)
+        auditor = Auditor(codec, Training(training, ids, anchors.runs(ordinals), predictions, labels), symmetry)
         return cls(plan, codec, Sampler(codec, training[: len(anchors.ordinals)], measure, settings), auditor)
 
 
@@ -210,12 +215,20 @@ def _write(drawing: Drawing, measuring: Measuring | None, start: float) -> None:
         "bandwidth": sampler.bandwidth,
         "noise": sampler.as_far_as("sane_kde"),
         "exploded": exploded,
-        "unit": auditor.unit,
-        "usual_agreement": auditor.usual_agreement,
-        "verdict": verdict(rows, candidates, auditor.usual_agreement) if measurable else [],
+        "reference": _reference(auditor),
+        "verdict": auditor.verdict(rows, candidates) if measurable else [],
         "compute": {"seconds": time.monotonic() - start, "cores": torch.get_num_threads()},
     }
     write_index(plan.output, content)
+
+
+def _reference(auditor: Auditor) -> dict[str, float | None] | None:
+    """What novelty is measured in: of training networks of different runs."""
+    reference = auditor.reference
+    if reference is None:
+        return None
+    agreement = reference.agreement_quantile()
+    return {"distance": reference.median_distance, "agreement": agreement if np.isfinite(agreement) else None}
 
 
 def _images(plan: SamplePlan) -> dict[str, Any] | None:
