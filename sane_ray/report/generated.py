@@ -56,13 +56,17 @@ def write_sampling_report(rows: Sequence[Row], index: Row, pictures: Sequence[Pa
     exploded = [f"{count} of {method}" for method, count in index["exploded"].items() if count]
     left_out = f"Left out, as their weights exploded: {', '.join(exploded)}." if exploded else "No network exploded."
     sections = [
-        Section("Are they more than copies?", [Items(index["verdict"])] if index["verdict"] else []),
+        Section("Are they more than copies?", _verdict(index)),
         Section("Networks", [_sample_table(rows), Text(left_out)]),
         Section("Pictures", _pictures(pictures)),
         Section("How it was made", [*_made(index), Code(made_by)]),
     ]
     lead = f"Networks drawn near {index['anchors']['words']}, without any training."
     return write_report(path, "Sampled networks", sections, lead)
+
+
+def _verdict(index: Row) -> list[Any]:
+    return [Items([" ".join(sentences) for sentences in index["verdict"]])] if index["verdict"] else []
 
 
 def _sample_table(rows: Sequence[Row]) -> Table:
@@ -130,7 +134,7 @@ def write_finetuning_report(results: Row, samples: Row, pictures: Sequence[Path]
         Section("Does sampling help?", [Items(results["verdict"])] if results["verdict"] else []),
         Section("Accuracy", [epoch_table(results["table"]), _ensemble_table(results["table"])]),
         Section("Pictures", _pictures(pictures)),
-        Section("Are they more than copies?", [Items(samples["verdict"])] if samples["verdict"] else []),
+        Section("Are they more than copies?", _verdict(samples)),
         Section("Not trained", [Items(failed)] if failed else []),
         Section("How it was made", [Text(f"{results['compute']['seconds']:,.0f} seconds."), Code(made_by)]),
     ]

@@ -83,15 +83,15 @@ class Auditor:
             known["wrong_agreement"] = None if agreements_R is None else float(agreements_R[row])
             yield known
 
-    def verdict(self, rows: Sequence[Mapping[str, Any]], candidates: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Plain sentences: first the sources of SANE, as they are drawn, then what selection keeps of them.
+    def verdict(self, rows: Sequence[Mapping[str, Any]], candidates: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        """Plain sentences, a list a method: first the sources of SANE, as drawn, then what selection keeps of them.
 
         Args:
             rows: kept networks of all methods.
             candidates: drawn networks of all sources at all scales.
         """
         if self.reference is None:
-            return ["Nothing is said of novelty: the store holds networks of one training run alone."]
+            return [["Nothing is said of novelty: the store holds networks of one training run alone."]]
         baselines = {
             name.replace("_", " "): points_of([row for row in candidates if row["source"] == name], swept=True)
             for name in BASELINES
@@ -102,12 +102,12 @@ class Auditor:
         said = []
         for source in dict.fromkeys(row["source"] for row in candidates if is_of_sane(row["source"])):
             mine = [row for row in candidates if row["source"] == source and row["as_method"]]
-            said.append(" ".join(verdict(source, points_of(mine), self.reference, baselines, of_anchors)))
+            said.append(verdict(source, points_of(mine), self.reference, baselines, of_anchors))
         for method in dict.fromkeys(
             row["method"] for row in rows if is_of_sane(row["method"]) and ":" in row["method"]
         ):
             mine = [row for row in rows if row["method"] == method]
-            said.append(" ".join(verdict(method, points_of(mine), self.reference, {}, of_anchors)))
+            said.append(verdict(method, points_of(mine), self.reference, {}, of_anchors))
         return said
 
     def _distances(

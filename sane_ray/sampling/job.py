@@ -321,12 +321,17 @@ def ending(samples: Samples, storage: Path) -> str:
             "accuracy in % before training, means over networks; novelty 1 is as far as two training runs are apart",
             *table(lines),
             "",
-            *samples.index["verdict"],
+            *(" ".join(_short(sentences)) for sentences in samples.index["verdict"]),
             f"report   {samples.path / REPORT_FILE}",
             f"MLflow   {ui_command(default_uri(storage))}",
             f"samples  {samples.path}: {len(samples.rows)} networks (safetensors); next: {next_command}",
         ]
     )
+
+
+def _short(sentences: Sequence[str]) -> Iterator[str]:
+    """Without what it rests on, which the table shows and the report has."""
+    return (sentence for sentence in sentences if not sentence.startswith(("In weights", "In errors")))
 
 
 _COLUMNS = {"val_acc": 100.0, "test_acc": 100.0, "novelty": 1.0, "wrong_agreement": 1.0}

@@ -1,4 +1,6 @@
-"""The audit: copies are found, baselines are compared at equal novelty, and little is claimed of little."""
+"""The audit of a run: copies are found whatever the order of channels, and sources are compared with baselines."""
+
+import re
 
 import numpy as np
 import pytest
@@ -6,9 +8,10 @@ import torch
 
 from sane_ray.config import SamplingConfig
 from sane_ray.sampling.anchors import aligned, choose
-from sane_ray.sampling.auditing import Auditor, compare_at_equal_novelty, verdict
+from sane_ray.sampling.auditing import Auditor, Training, points_of
 from sane_ray.sampling.generation import Codec
 from sane_ray.sampling.methods import Measured, Pool
+from sane_ray.tokens.symmetry import Symmetry, permute, random_permutations
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,8 @@ def audited(store, exact):
     ids = store.models["id"].take(ordinals).to_pylist()
     labels = np.arange(40) % 4
     predictions = np.random.default_rng(0).integers(4, size=(len(ordinals), 40)).astype(np.int16)
-    return codec, training, ids, predictions, Auditor(codec, training, ids, anchors.runs(ordinals), predictions, labels)
+    others = Training(training, ids, anchors.runs(ordinals), predictions, labels)
+    return codec, training, ids, predictions, Auditor(codec, others, anchors.architecture.symmetry)
 
 
 def pool(tokens, predictions):
@@ -40,99 +44,76 @@ def test_a_copy_has_no_novelty_and_errs_as_its_original(audited):
     assert [row["val_acc"] for row in rows] == [0.5, 0.9]
 
 
-def test_a_permuted_copy_is_a_copy_only_after_alignment(audited, store):
+def test_a_permuted_copy_is_a_copy(audited, store):
     codec, training, ids, predictions, auditor = audited
     symmetry = store.architecture_of(0).symmetry
-    from sane_ray.tokens.symmetry import permute, random_permutations
-
-    shuffled = permute(training[2], symmetry, random_permutations(symmetry, np.random.default_rng(5)))
-    (as_it_is,) = auditor.rows(pool(codec.tokens([shuffled]), predictions[:1]))
-    (matched,) = auditor.rows(pool(codec.tokens(aligned([shuffled], symmetry, training[2])), predictions[:1]))
-    assert as_it_is["novelty"] > 0.5
-    assert matched["novelty"] == pytest.approx(0, abs=1e-4)
-    assert matched["nearest"] == ids[2]
+    rng = np.random.default_rng(5)
+    shuffled = [permute(network, symmetry, random_permutations(symmetry, rng)) for network in training[:3]]
+    near = aligned(shuffled, symmetry, training[0])  # as sampled networks are: in the anchors' order, about
+    found = list(auditor.rows(pool(codec.tokens(near), predictions[:3])))
+    assert [row["nearest"] for row in found] == ids[:3]
+    assert [row["novelty"] for row in found] == pytest.approx([0] * 3, abs=1e-4)
 
 
 def test_noise_of_one_unit_is_as_new_as_a_run(audited):
     codec, training, _, predictions, auditor = audited
     tokens = codec.tokens(training[:1])
-    noisy = tokens + auditor.unit * torch.randn(20, *tokens.shape[1:], generator=torch.Generator().manual_seed(0))
+    noisy = tokens + auditor.reference.median_distance * torch.randn(
+        20, *tokens.shape[1:], generator=torch.Generator().manual_seed(0)
+    )
     novelty = [row["novelty"] for row in auditor.rows(pool(noisy, predictions[:1].repeat(20, 0)))]
     assert np.mean(novelty) == pytest.approx(1, abs=0.1)
 
 
-def curve(accuracies, novelties, count=30, deviation=0.01):
-    rng = np.random.default_rng(1)
-    return [
-        {"scale": scale, "novelty": novelty, "test_acc": accuracy + deviation * rng.normal()}
-        for scale, (accuracy, novelty) in enumerate(zip(accuracies, novelties, strict=True))
-        for _ in range(count)
+def test_unmatched_channels_make_a_permuted_copy_look_new(audited, store):
+    codec, training, ids, predictions, _ = audited
+    others = Training(training, ids, [f"run {place}" for place in range(len(training))], None, None)
+    blind = Auditor(codec, others, Symmetry({}, {}))
+    symmetry = store.architecture_of(0).symmetry
+    shuffled = permute(training[0], symmetry, random_permutations(symmetry, np.random.default_rng(5)))
+    (row,) = blind.rows(pool(codec.tokens([shuffled]), predictions[:1]))
+    assert row["novelty"] > 0.3
+    assert row["wrong_agreement"] is None
+
+
+def row(source, scale, novelty, accuracy, as_method=True):
+    values = {"novelty": novelty, "test_acc": accuracy, "wrong_agreement": 0.1}
+    return {"source": source, "method": source, "scale": scale, "as_method": as_method, **values}
+
+
+_AGAINST = ("Ahead of noise at novelty 0.50", "Behind its anchors")
+
+
+def test_sources_of_sane_are_compared_with_every_swept_baseline(audited):
+    rng = np.random.default_rng(0)
+    noise = [row("noise", s, 0.2 + 0.2 * s, 0.9 - 0.2 * s + 0.01 * rng.normal()) for s in range(4) for _ in range(20)]
+    ours = [row("sane_kde", 1.0, 0.5 + 0.01 * rng.normal(), 0.8 + 0.01 * rng.normal()) for _ in range(20)]
+    swept = [row("sane_kde", 2.0, 0.1, 0.1, as_method=False) for _ in range(20)]
+    anchors = [row("anchors", 1.0, 0.0, 0.95) for _ in range(5)]
+    kept = [row("sane_kde:best", 1.0, 0.5, 0.85) for _ in range(5)] + [row("noise:best", 1.0, 0.5, 0.85)]
+    of_source, of_kept = audited[-1].verdict(kept, [*ours, *swept, *noise, *anchors])
+    assert of_source[0].startswith("sane_kde: ")
+    assert "20 models" in of_source[0]
+    against = {words: re.search(rf"{words}: ([+-][\d.]+) points", " ".join(of_source)) for words in _AGAINST}
+    assert float(against["Ahead of noise at novelty 0.50"][1]) == pytest.approx(20, abs=1.5)
+    assert float(against["Behind its anchors"][1]) == pytest.approx(-15, abs=1.5)
+    assert of_kept[0].startswith("sane_kde:best: ")
+
+
+def test_networks_of_one_run_tell_nothing_of_novelty(audited):
+    codec, training, ids, predictions, _ = audited
+    auditor = Auditor(codec, Training(training[:3], ids[:3], ["one"] * 3, None, None), Symmetry({}, {}))
+    assert auditor.reference is None
+    (found,) = auditor.rows(pool(codec.tokens(training[:1]), predictions[:1]))
+    assert found["novelty"] is None
+    assert found["distance"] == pytest.approx(0, abs=1e-6)
+    assert auditor.verdict([], []) == [
+        ["Nothing is said of novelty: the store holds networks of one training run alone."]
     ]
 
 
-def test_at_equal_novelty_the_baseline_is_interpolated():
-    baseline = curve([0.9, 0.7, 0.5], [0.2, 0.4, 0.6])
-    novelty, accuracy = np.full(20, 0.3), np.full(20, 0.85)
-    gap, low, high = compare_at_equal_novelty(novelty, accuracy, baseline)
-    assert gap == pytest.approx(0.05, abs=0.01)
-    assert low < gap < high
-    assert low > 0
-
-
-def test_nothing_is_extrapolated():
-    baseline = curve([0.9, 0.7], [0.2, 0.4])
-    assert compare_at_equal_novelty(np.full(9, 0.5), np.full(9, 0.9), baseline) is None
-    assert compare_at_equal_novelty(np.full(9, 0.1), np.full(9, 0.9), baseline) is None
-    assert compare_at_equal_novelty(np.full(9, 0.2), np.full(9, 0.9), curve([0.9], [0.2])) is None
-
-
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    rng, held = np.random.default_rng(3), 0
-    for _ in range(60):
-        baseline = [
-            {"scale": scale, "novelty": novelty, "test_acc": 0.9 - novelty + 0.05 * rng.normal()}
-            for scale, novelty in enumerate((0.2, 0.4))
-            for _ in range(25)
-        ]
-        novelty = rng.uniform(0.25, 0.35, size=25)
-        accuracy = 0.9 - novelty + 0.03 + 0.05 * rng.normal(size=25)
-        _, low, high = compare_at_equal_novelty(novelty, accuracy, baseline)
-        held += low <= 0.03 <= high
-    assert held >= 50  # of 60 at 95 %: fewer than one time in 2,000
-
-
-def row(method, novelty=0.3, agreement=0.1, accuracy=0.9):
-    return {"method": method, "novelty": novelty, "wrong_agreement": agreement, "test_acc": accuracy}
-
-
-def candidates(source, accuracy, novelty, count=30, scale=0, as_method=True):
-    return [
-        {"source": source, "scale": scale, "as_method": as_method, "novelty": novelty, "test_acc": accuracy + 1e-3 * i}
-        for i in range(count)
-    ]
-
-
-def test_the_verdict_says_what_the_numbers_say():
-    noise = [*candidates("noise", 0.9, 0.1, scale=0), *candidates("noise", 0.5, 0.5, scale=1)]
-    said = verdict([row("sane_kde:best"), row("noise")], [*candidates("sane_kde", 0.9, 0.3), *noise], 0.5)
-    assert said[0].startswith("sane_kde:best: 0.30 of the distance between two training runs")
-    assert said[0].endswith("close copies of training networks")
-    assert "sane_kde is ahead of noise added to anchors at equal novelty: +20." in said[1]
-    assert len(said) == 2
-    behind = verdict([], [*candidates("sane_kde", 0.6, 0.3), *noise], 0.5)
-    assert "behind noise added to anchors" in behind[0]
-    alike = verdict([], [*candidates("sane_kde", 0.7, 0.3), *noise], 0.5)
-    assert "not told apart from noise" in alike[0]
-
-
-def test_copies_are_told_by_weights_or_by_wrong_answers():
-    assert verdict([row("sane_kde", 0.9, 0.1)], [], 0.5)[0].endswith("no copies")
-    assert verdict([row("sane_kde", 0.9, 0.6)], [], 0.5)[0].endswith("close copies of training networks")
-    assert verdict([row("sane_kde", 0.2, 0.1)], [], 0.5)[0].endswith("close copies of training networks")
-    assert verdict([row("sane_kde", 0.9, None)], [], None)[0].endswith("no copies")
-
-
-def test_of_few_networks_nothing_is_claimed():
-    noise = [*candidates("noise", 0.9, 0.1, scale=0), *candidates("noise", 0.5, 0.5, scale=1)]
-    said = verdict([], [*candidates("sane_kde", 0.9, 0.3, count=4), *noise], 0.5)
-    assert said == ["sane_kde against noise added to anchors: 4 networks are too few to tell"]
+def test_what_is_not_known_is_not_a_number():
+    points = points_of([{"novelty": None, "test_acc": 0.5, "wrong_agreement": None, "scale": 1.0}], swept=True)
+    assert np.isnan(points.novelty_n).all()
+    assert points.agreement_n is None
+    assert points.scale_n.tolist() == [1.0]
