@@ -60,7 +60,7 @@ def test_trains_once_tracks_and_says_where(wanted, storage, strictly, capsys):
     run(wanted, False)
     first = capsys.readouterr().out
     assert "4 networks of 2 methods" in first and "2 pieces of up to 3 networks" in first
-    assert "training   1 epochs; table at 0, 1\n" in first
+    assert "training   1 epoch; table at 0, 1\n" in first
     assert "sane_kde:best against scratch: too few networks" in first
     assert "warning" not in first
     assert first.splitlines()[-1].endswith(f"next: open {wanted.output}/report.html")
@@ -117,7 +117,7 @@ def test_a_broken_network_is_told_and_spoils_nothing(wanted, write_samples, stor
     assert results["diverged"] == [{"method": "scratch", "repetition": 1, "epoch": 0}] and results["failed"] == []
     rows = pq.read_table(Path(wanted.output) / "results.parquet").to_pylist()
     assert {(r["method"], r["repetition"]) for r in rows if np.isnan(r["train_loss"])} == {("scratch", 1)}
-    assert "warning: 1 network diverged (scratch 1" in capsys.readouterr().out
+    assert "warning: 1 network (scratch 1) diverged" in capsys.readouterr().out
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string=f"name = '{EXPERIMENT}'")
     name = f"{wanted.run_name} scratch"
@@ -144,7 +144,7 @@ def test_failed_networks_are_told_and_tried_again(wanted, strictly, monkeypatch,
     assert [(row["method"], row["networks"]) for row in results["table"]] == [("sane_kde:best", 1)] * 2
     out = capsys.readouterr().out
     assert (
-        "warning: 3 networks could not be trained (scratch 0, scratch 1, sane_kde:best 0): MemoryError: no room" in out
+        "warning: 3 networks (scratch 0, scratch 1, sane_kde:best 0) could not be trained: MemoryError: no room" in out
     )
     monkeypatch.setattr(Evaluation, "__call__", plain)
     run(wanted, False)
