@@ -242,37 +242,33 @@ def test_a_dry_run_starts_nothing(wanted, capsys):
     assert not Path(wanted.output).exists()
 
 
-def test_a_killed_run_goes_on_with_equal_results(samples, tmp_path):
-    def command(output):
-        flags = {
-            "samples": samples,
-            "output": output,
-            "storage": tmp_path,
-            "run-name": output.name,
-            "finetuning.epochs": 8,
-            "finetuning.table_epochs": "[0, 1, 8]",
-            "finetuning.networks_at_once": 1,
-        }
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
-
-    def text(output):
-        done = subprocess.run(command(output), capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process = subprocess.Popen(command(cut), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_a_killed_run_goes_on_with_equal_results(wanted, tmp_path, capsys):
+    settings = FinetuningConfig(epochs=8, table_epochs=[0, 8], networks_at_once=1)
+    wanted = dataclasses.replace(wanted, finetuning=settings)
+    flags = {
+        "samples": wanted.samples,
+        "output": tmp_path / "cut",
+        "storage": wanted.storage,
+        "run-name": f"{wanted.run_name}-cut",
+        "finetuning.epochs": 8,
+        "finetuning.table_epochs": "[0, 8]",
+        "finetuning.networks_at_once": 1,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, str(ROOT / "jobs" / "finetune.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 300
-    while not list(cut.glob("records/*.npz")):
+    while not list((tmp_path / "cut" / "records").glob("*.npz")):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (cut / "results.json").exists()
-    assert "of 4 pieces are done already" in text(cut)
-    assert "already" not in text(whole)
-    first, second = (pq.read_table(folder / "results.parquet") for folder in (whole, cut))
+    assert not (tmp_path / "cut" / "results.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "of 4 pieces are done already" in done.stdout
+    run(wanted, False)
+    assert "already" not in capsys.readouterr().out
+    first, second = (pq.read_table(folder / "results.parquet") for folder in (tmp_path / "cut", Path(wanted.output)))
     assert first.equals(second)
-    assert text(cut).startswith("nothing to do")
