@@ -248,7 +248,7 @@ def describe(plan: Plan) -> str:
             f"samples    {plan.samples.path}: {len(rows)} networks of {len(methods)} methods",
             f"images     {images.name}: {'x'.join(map(str, images.shape))}, {images.classes} classes ({counts})",
             f"training   {epochs} epoch{'s' * (epochs != 1)}; table at {', '.join(map(str, plan.epochs))}",
-            f"work       {pieces} piece{'s' * (pieces > 1)} of up to {at_once} networks side by side",
+            f"work       {pieces} piece{'s' * (pieces > 1)} of up to {at_once} network{'s' * (at_once > 1)} side by side",
             f"results    {plan.output}",
         ]
     )
@@ -322,7 +322,8 @@ def ending(results: Mapping[str, Any], output: Path, storage: Path) -> str:
         lines.append([method, *cells, f"{100 * mine[epochs[-1]]['ensemble_probabilities']:.1f}"])
     return "\n".join(
         [
-            "accuracy on test images in %, mean ± deviation over networks",
+            "",
+            "accuracy on test images in %, mean ± deviation over networks; ensemble: all of them together, at the end",
             *table(lines),
             "",
             *results["verdict"],
