@@ -248,7 +248,7 @@ def describe(plan: Plan) -> str:
             f"samples    {plan.samples.path}: {len(rows)} networks of {len(methods)} methods",
             f"images     {images.name}: {'x'.join(map(str, images.shape))}, {images.classes} classes ({counts})",
             f"training   {epochs} epoch{'s' * (epochs != 1)}; table at {', '.join(map(str, plan.epochs))}",
-            f"work       {pieces} piece{'s' * (pieces > 1)} of up to {at_once} network{'s' * (at_once > 1)} side by side",
+            f"work       {pieces} piece{'s' * (pieces > 1)} of up to {at_once} network{'s' * (at_once > 1)} each",
             f"results    {plan.output}",
         ]
     )

@@ -59,7 +59,7 @@ def histories(client, run_id, names):
 def test_trains_once_tracks_and_says_where(wanted, storage, strictly, capsys):
     run(wanted, False)
     first = capsys.readouterr().out
-    assert "4 networks of 2 methods" in first and "2 pieces of up to 3 networks" in first
+    assert "4 networks of 2 methods" in first and "2 pieces of up to 3 networks each" in first
     assert "training   1 epoch; table at 0, 1\n" in first
     assert "sane_kde:best against scratch: too few networks" in first
     assert "warning" not in first
