@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from sane_ray import tracking
 from sane_ray.errors import InputError
-from sane_ray.tracking import Tracker, default_uri, flatten, ui_command
+from sane_ray.tracking import PARENT_TAG, Tracker, default_uri, flatten, tracked, ui_command
 
 
 @pytest.fixture(autouse=True)
@@ -282,6 +282,53 @@ def test_a_file_that_is_no_database_does_not_stop_the_job(tmp_path, caplog):
     tracker.log([point(0)])
     assert tracker.run_id is None
     assert "not a database" in caplog.text
+
+
+# --- runs of a block, nested or not
+
+
+def block(uri: str, folder: Path, identity: str, parent: Tracker | None = None):
+    settings = {"experiment": "blocks", "run_name": identity, "params": {}}
+    return tracked(uri=uri, identity=identity, folder=folder, parent=parent, **settings)
+
+
+def test_a_nested_run_has_its_parent_and_each_ends_by_itself(storage, tmp_path):
+    uri = default_uri(storage)
+    for _ in range(2):  # the second time finds the same runs
+        with block(uri, tmp_path, "outer") as outer:
+            with block(uri, tmp_path, "inner", outer) as inner:
+                inner.log([point(step) for step in range(3)])
+            with pytest.raises(ZeroDivisionError), block(uri, tmp_path, "broken", outer) as broken:
+                broken.log([point(0)])
+                raise ZeroDivisionError
+    with pytest.raises(KeyboardInterrupt), block(uri, tmp_path, "stopped") as stopped:
+        raise KeyboardInterrupt
+    client = MlflowClient(tracking_uri=uri)
+    runs = client.search_runs([client.get_experiment_by_name("blocks").experiment_id])
+    status = {run.info.run_name: (run.info.status, run.data.tags.get(PARENT_TAG)) for run in runs}
+    assert len(runs) == 4
+    assert status == {
+        "outer": ("FINISHED", None),
+        "inner": ("FINISHED", outer.run_id),
+        "broken": ("FAILED", outer.run_id),
+        "stopped": ("KILLED", None),
+    }
+    assert history(uri, inner.run_id) == logged(0, 1, 2)
+    assert stopped.run_id != outer.run_id
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_without_its_parent_a_run_stands_by_itself_until_it_is_known(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    away, uri = f"http://127.0.0.1:{free_port()}", default_uri(storage)
+    with block(away, tmp_path, "away") as outer:
+        assert outer.run_id is None
+        with block(uri, tmp_path, "alone", outer) as inner:
+            pass
+    client = MlflowClient(tracking_uri=uri)
+    assert PARENT_TAG not in client.get_run(inner.run_id).data.tags
+    with block(uri, tmp_path, "away") as outer, block(uri, tmp_path, "alone", outer) as inner:
+        assert client.get_run(inner.run_id).data.tags[PARENT_TAG] == outer.run_id
 
 
 # --- servers

@@ -68,12 +68,23 @@ class Evaluation:
         trained = train_stack(piece.params, self.images, kept, weights=weights, keep_logits=True)
         metrics = [[[row[name] for name in METRICS] for row in one.results] for one in trained]
         logits = [[one.logits[epoch] for epoch in self.answered] for one in trained]
-        return Histories(np.array(metrics), np.array(logits, dtype=np.float16))
+        return Histories(np.array(metrics), _as_half(np.array(logits)))
+
+
+def _as_half(values: NDArray[Any]) -> NDArray[np.float16]:
+    """What is too large for half precision becomes its largest number; NaN stays."""
+    largest = np.finfo(np.float16).max
+    return values.clip(-largest, largest).astype(np.float16)
 
 
 def ensemble_accuracy(logits_RIC: NDArray[Any], labels_I: NDArray[np.int64]) -> tuple[float, float]:
-    """Accuracy of several networks together: by the mean of their logits (published), and of their probabilities."""
+    """Accuracy of several networks together: by the mean of their logits (published), and of their probabilities.
+
+    A network whose logits are no numbers has no say, unless it is so with all of them.
+    """
     logits = torch.from_numpy(np.asarray(logits_RIC, dtype=np.float32))
+    sound_R = logits.isfinite().all(-1).all(-1)
+    logits = logits[sound_R] if sound_R.any() else logits
     answers = (logits.mean(0), logits.softmax(-1).mean(0))
     by_logits, by_probabilities = (float((answer.argmax(-1).numpy() == labels_I).mean()) for answer in answers)
     return by_logits, by_probabilities

@@ -17,9 +17,9 @@ import torch
 from sane_ray.cluster import default_storage, local_path
 from sane_ray.config import FinetuneJob, FinetuningConfig, to_dict
 from sane_ray.errors import InputError
-from sane_ray.finetuning.evaluation import Histories, Piece
+from sane_ray.finetuning.evaluation import METRICS, Histories, Piece
 from sane_ray.finetuning.measuring import Failed, Measuring
-from sane_ray.finetuning.results import Method, methods_of, rows_of, table_of, verdict
+from sane_ray.finetuning.results import Method, diverged, methods_of, rows_of, table_of, verdict
 from sane_ray.report.generated import draw_finetuning, write_finetuning_report
 from sane_ray.sampling.files import Samples, write_rows
 from sane_ray.shell import this_command
@@ -54,8 +54,9 @@ class Plan:
 
     @property
     def epochs(self) -> list[int]:
-        """Of the table."""
-        return [epoch for epoch in self.config.table_epochs if epoch <= self.config.epochs]
+        """Of the table: those asked for that are trained, else the last."""
+        last = self.config.epochs
+        return [epoch for epoch in self.config.table_epochs if epoch <= last] or [last]
 
 
 def plan_of(job: FinetuneJob) -> Plan:
@@ -67,6 +68,8 @@ def plan_of(job: FinetuneJob) -> Plan:
     if not job.samples:
         raise InputError("no samples are named: --samples FOLDER, the one that jobs/sample.py wrote")
     samples = Samples.open(local_path(job.samples, "samples"))
+    if not samples.rows:
+        raise InputError(f"samples {samples.path} hold no network: sample again, with other methods or less noise")
     images = _images(samples, job.images)
     identity = {
         "version": VERSION,
@@ -133,13 +136,15 @@ def finetune(plan: Plan, job: FinetuneJob) -> None:
     """Trains what is not trained yet, and writes the results."""
     start = time.monotonic()
     folder = plan.output / RECORDS_FOLDER
+    members, pieces = zip(*pieces_of(plan), strict=True)
     with Measuring(plan.images, plan.config.epochs, plan.epochs, folder, job.fan_out, "fine-tune") as measuring:
-        pieces = list(pieces_of(plan))
-        done = measuring([piece for _, piece in pieces])
+        if known := measuring.known(pieces):
+            print(f"going on   {known} of {len(pieces)} pieces are done already", flush=True)
+        done = measuring(pieces)
     histories: dict[tuple[str, int], Histories] = {}
     failed: list[dict[str, Any]] = []
-    for (members, _), result in zip(pieces, done, strict=True):
-        for place, (method, repetition) in enumerate(members):
+    for some, result in zip(members, done, strict=True):
+        for place, (method, repetition) in enumerate(some):
             if isinstance(result, Failed):
                 failed.append({"method": method, "repetition": repetition, "reason": result.reason})
             else:
@@ -181,11 +186,13 @@ def _write_results(
         "images": {"name": plan.images.name, "classes": plan.images.classes},
         "table": rows,
         "failed": failed,
-        "verdict": verdict(methods, [epoch for epoch in plan.epochs if epoch in (0, 1, plan.config.epochs)]),
+        "diverged": diverged(methods),
+        "verdict": verdict(methods, sorted({0, min(1, plan.config.epochs), plan.config.epochs})),
         "compute": {"seconds": seconds, "cores": torch.get_num_threads()},
+        "finished": time.time(),
     }
     aside = plan.output / f".{RESULTS_FILE}.{uuid.uuid4().hex[:8]}"
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     aside.replace(plan.output / RESULTS_FILE)
 
 
@@ -200,25 +207,28 @@ def read_results(output: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): delete it and run jobs/finetune.py again") from error
-    if content.get("format") != FORMAT or content.get("version") != VERSION:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
         raise InputError(f"{path} is not what jobs/finetune.py of this version writes: name another folder")
     return content
 
 
 def check_output(plan: Plan) -> bool:
-    """Whether the folder already holds the results of this identity.
+    """Whether the folder already holds the results of this identity, of all networks.
 
     Raises:
         InputError: it holds others, or something else.
     """
     output = plan.output
     if (output / RESULTS_FILE).exists():
-        if read_results(output)["identity"] == plan.digest:
-            return True
+        results = read_results(output)
+        if results["identity"] == plan.digest:
+            return not results["failed"]
         raise InputError(
             f"{output} holds results with other settings: name another --output or --run-name, or delete it"
         )
-    ours = {RECORDS_FOLDER, ROWS_FILE, PICTURES}
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file: name a new folder for the results")
+    ours = {RECORDS_FOLDER, ROWS_FILE, PICTURES, REPORT_FILE}
     others = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
     others = [name for name in others if name not in ours and not name.startswith(".")]
     if others:
@@ -230,12 +240,15 @@ def describe(plan: Plan) -> str:
     """The plan in a few lines."""
     rows, images = plan.samples.rows, plan.images
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    epochs, at_once = plan.config.epochs, plan.config.networks_at_once
+    pieces = -(-len(rows) // at_once)
     counts = ", ".join(f"{len(part):,} {split}" for split, part in images.rows.items())
     return "\n".join(
         [
             f"samples    {plan.samples.path}: {len(rows)} networks of {len(methods)} methods",
             f"images     {images.name}: {'x'.join(map(str, images.shape))}, {images.classes} classes ({counts})",
-            f"training   {plan.config.epochs} epochs; table at {', '.join(map(str, plan.epochs))}",
+            f"training   {epochs} epoch{'s' * (epochs != 1)}; table at {', '.join(map(str, plan.epochs))}",
+            f"work       {pieces} piece{'s' * (pieces > 1)} of up to {at_once} network{'s' * (at_once > 1)} each",
             f"results    {plan.output}",
         ]
     )
@@ -261,8 +274,8 @@ def log(plan: Plan, results: Mapping[str, Any], tracker: Tracker, storage: Path)
             folder=storage / UNSENT_FOLDER,
             parent=tracker,
         ) as nested:
-            nested.log(_curve([row for row in rows if row["method"] == method]))
-    point: dict[str, object] = {"step": 0}
+            nested.log(_curve([row for row in rows if row["method"] == method], results["finished"]))
+    point: dict[str, object] = {"step": 0, "time": results["finished"]}
     for row in results["table"]:
         point[f"test_acc/epoch_{row['epoch']}/{row['method'].replace(':', '-')}"] = row["mean"]
     tracker.log([point])
@@ -271,14 +284,32 @@ def log(plan: Plan, results: Mapping[str, Any], tracker: Tracker, storage: Path)
     tracker.log_folder(plan.output / PICTURES)
 
 
-def _curve(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, object]]:
-    """Mean and deviation over networks, a point an epoch."""
+def _curve(rows: Sequence[Mapping[str, Any]], seconds: float) -> Iterator[dict[str, object]]:
+    """Mean and deviation over networks, of those with finite numbers, a point an epoch.
+
+    All have the time of the results: MLflow keeps one of two points that are equal, so that they may be sent again.
+    """
     for epoch in sorted({row["epoch"] for row in rows}):
-        point: dict[str, object] = {"step": epoch, "epoch": epoch}
-        for name in ("train_acc", "val_acc", "test_acc", "train_loss", "val_loss", "test_loss"):
+        point: dict[str, object] = {"step": epoch, "time": seconds, "epoch": epoch}
+        for name in METRICS:
             values = np.array([row[name] for row in rows if row["epoch"] == epoch], dtype=float)
-            point[name], point[f"{name}_std"] = float(values.mean()), float(values.std())
+            finite = values[np.isfinite(values)]
+            if len(finite):
+                point[name], point[f"{name}_std"] = float(finite.mean()), float(finite.std())
         yield point
+
+
+def _warnings(results: Mapping[str, Any]) -> Iterator[str]:
+    failed, broken = results["failed"], results["diverged"]
+    if failed:
+        yield f"warning: {_networks(failed)} could not be trained: {failed[0]['reason']} (run again to try once more)"
+    if broken:
+        yield f"warning: {_networks(broken)} diverged (the loss is no number), and ensembles are without them"
+
+
+def _networks(some: Sequence[Mapping[str, Any]]) -> str:
+    names = ", ".join(f"{one['method']} {one['repetition']}" for one in some[:3])
+    return f"{len(some)} network{'s' * (len(some) > 1)} ({names}{', …' * (len(some) > 3)})"
 
 
 def ending(results: Mapping[str, Any], output: Path, storage: Path) -> str:
@@ -289,15 +320,14 @@ def ending(results: Mapping[str, Any], output: Path, storage: Path) -> str:
         mine = {row["epoch"]: row for row in results["table"] if row["method"] == method}
         cells = [f"{100 * mine[epoch]['mean']:.1f} ± {100 * mine[epoch]['std']:.1f}" for epoch in epochs]
         lines.append([method, *cells, f"{100 * mine[epochs[-1]]['ensemble_probabilities']:.1f}"])
-    failed = results["failed"]
-    warned = [f"warning: {len(failed)} networks could not be trained: {failed[0]['reason']}"] if failed else []
     return "\n".join(
         [
-            "accuracy on test images in %, mean ± deviation over networks",
+            "",
+            "accuracy on test images in %, mean ± deviation over networks; ensemble: all of them together, at the end",
             *table(lines),
             "",
             *results["verdict"],
-            *warned,
+            *_warnings(results),
             f"MLflow   {ui_command(default_uri(storage))}",
             f"results  {output} ({RESULTS_FILE}, {ROWS_FILE}, {PICTURES}); next: open {output / REPORT_FILE}",
         ]

@@ -15,11 +15,13 @@ from sane_ray.errors import InputError
 from sane_ray.finetuning.evaluation import Evaluation, Histories, Piece
 from sane_ray.finetuning.executor import execute
 from sane_ray.finetuning.records import Records
+from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.zoo.images import ImageData
 
-SMALL_WORK = 2e10
-"""Weights times images times passes that this process does in less time than Ray takes to start."""
+SMALL_WORK = 2e9
+"""Weights times images times passes that a core does in about 10 seconds: in less, Ray and its actors hardly start."""
 
+_QUIET_SECONDS = 2.0  # without a progress bar
 _PASSES = 3  # of a training step, in units of a forward pass
 
 
@@ -52,7 +54,7 @@ class Measuring:
         what: str = "evaluate",
     ) -> None:
         self.images, self.epochs, self.answered, self.config, self.what = images, epochs, list(answered), config, what
-        self.records = Records(folder, images.fingerprint, epochs, self.answered)
+        self.records = Records(folder, images, epochs, self.answered)
         self._connection = contextlib.ExitStack()
 
     def __enter__(self) -> Measuring:
@@ -60,6 +62,10 @@ class Measuring:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
+
+    def known(self, pieces: Sequence[Piece]) -> int:
+        """How many of the pieces are recorded."""
+        return sum(self.records.load(self.records.key(piece)) is not None for piece in pieces)
 
     def __call__(self, pieces: Sequence[Piece]) -> list[Histories | Failed]:
         """The histories of pieces, in their order; each new one is on disk before the next is waited for."""
@@ -78,12 +84,18 @@ class Measuring:
     def _done(self, missing: dict[str, Piece]) -> Iterator[tuple[str, Histories | Failed]]:
         if not missing:
             return
-        if self._is_small(missing.values()):
-            evaluation = Evaluation(self.images, self.epochs, self.answered)
+        yield from self._here(missing) if self._is_small(missing.values()) else self._on_ray(missing)
+
+    def _here(self, missing: dict[str, Piece]) -> Iterator[tuple[str, Histories | Failed]]:
+        evaluation = Evaluation(self.images, self.epochs, self.answered)
+        with progress_bar(self.what, len(missing), "piece", delay=_QUIET_SECONDS) as bar:
             for key, piece in missing.items():
-                yield key, evaluation(piece)
-            return
-        yield from self._on_ray(missing)
+                try:
+                    result: Histories | Failed = evaluation(piece)
+                except Exception as error:  # as in an actor: the others go on
+                    result = Failed(str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}")
+                bar.update()
+                yield key, result
 
     def _is_small(self, pieces: Iterable[Piece]) -> bool:
         passes = 1 + self.epochs * (1 + _PASSES)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sane_ray.finetuning.evaluation import Histories, Piece
+from sane_ray.finetuning.evaluation import METRICS, Histories, Piece
+from sane_ray.zoo.images import ImageData
 
 
 class Records:
@@ -23,29 +24,30 @@ class Records:
 
     Args:
         folder: made when the first history is kept.
-        images: fingerprint of the images.
+        images: what is trained on and measured with.
         epochs: epochs of training.
         answered: epochs at which answers are kept.
     """
 
-    def __init__(self, folder: Path, images: str, epochs: int, answered: Sequence[int]) -> None:
+    def __init__(self, folder: Path, images: ImageData, epochs: int, answered: Sequence[int]) -> None:
         self.folder = folder
-        self._common = [images, epochs, list(answered)]
+        split = {name: hashlib.sha256(rows.tobytes()).hexdigest() for name, rows in images.rows.items()}
+        self._common = [images.fingerprint, split, epochs, list(answered), METRICS]
 
     def key(self, piece: Piece) -> str:
         """What decides the result of a piece, 32 hex digits."""
         digest = hashlib.sha256(json.dumps([self._common, list(map(dict, piece.params))], sort_keys=True).encode())
-        for name, values in (piece.weights or {}).items():
+        for name, values in sorted((piece.weights or {}).items()):
             digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()[:32]
 
     def load(self, key: str) -> Histories | None:
-        """What was kept of a piece; None if nothing, or if its file was cut short by something else than us."""
+        """What was kept of a piece; None if nothing, or if its file was cut short or is not one of ours."""
         try:
             with np.load(self._path(key), allow_pickle=False) as arrays:
                 return Histories(arrays["metrics"], arrays["logits"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             return None
 
     def keep(self, key: str, histories: Histories) -> None:

@@ -60,6 +60,17 @@ def methods_of(rows: Sequence[Mapping[str, Any]], histories: Mapping[tuple[str, 
     return found
 
 
+def diverged(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Networks of which a loss is no finite number, and the first epoch with one."""
+    found = []
+    for method in methods:
+        for repetition, metrics_EM in zip(method.repetitions, method.metrics_REM, strict=True):
+            broken = np.flatnonzero(~np.isfinite(metrics_EM).all(1))
+            if len(broken):
+                found.append({"method": method.name, "repetition": repetition, "epoch": int(broken[0])})
+    return found
+
+
 def rows_of(methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
     """One row a network and epoch."""
     for method in methods:
@@ -139,8 +150,8 @@ def _against(one: Method, other: Method, epochs: Sequence[int]) -> str:
     if min(len(one.repetitions), len(other.repetitions)) < FEWEST:
         fewest = min((one, other), key=lambda method: len(method.repetitions))
         return (
-            f"{one.name} against {other.name}: {len(fewest.repetitions)} networks of {fewest.name} are too few to tell "
-            f"them apart (--sampling.repetitions {FEWEST} or more)"
+            f"{one.name} against {other.name}: too few networks to tell them apart ({len(fewest.repetitions)} of "
+            f"{fewest.name}; sample with --sampling.repetitions {FEWEST} or more)"
         )
     parts = []
     for epoch in epochs:

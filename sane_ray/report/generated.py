@@ -130,12 +130,13 @@ def draw_finetuning(history: Sequence[Row], samples: Sequence[Row], folder: Path
 def write_finetuning_report(results: Row, samples: Row, pictures: Sequence[Path], path: Path, made_by: str) -> Path:
     """Writes the report of fine-tuning: verdict, table, ensembles, pictures, what failed, how it was made."""
     failed = [f"{one['method']} {one['repetition']}: {one['reason']}" for one in results["failed"]]
+    failed += [f"{one['method']} {one['repetition']}: its weights are no numbers any more" for one in results["diverged"]]
     sections = [
         Section("Does sampling help?", [Items(results["verdict"])] if results["verdict"] else []),
         Section("Accuracy", [epoch_table(results["table"]), _ensemble_table(results["table"])]),
         Section("Pictures", _pictures(pictures)),
         Section("Are they more than copies?", _verdict(samples)),
-        Section("Not trained", [Items(failed)] if failed else []),
+        Section("Left out", [Items(failed)] if failed else []),
         Section("How it was made", [Text(f"{results['compute']['seconds']:,.0f} seconds."), Code(made_by)]),
     ]
     lead = f"Networks of {results['samples']}, trained on {results['images']['name']}."

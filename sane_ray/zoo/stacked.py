@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sane_ray.errors import InputError
 from sane_ray.zoo.architectures import (
     Activation,
     Conv,
@@ -91,11 +92,16 @@ def train_stack(
 
     Returns:
         The networks' histories, in the order given.
+
+    Raises:
+        InputError: weights are not those of a network that the params describe.
     """
     if len({stack_key(params) for params in models}) != 1:
         raise ValueError("networks of one stack must share their stack_key")
     if weights is None:
         weights = [from_params(params).state_dict() for params in models]
+    if len(weights) != len(models):
+        raise ValueError(f"{len(weights)} networks' weights were given for {len(models)} networks")
     with _one_thread():
         return _train_stack(models, weights, images, checkpoint_epochs, keep_logits)
 
@@ -149,9 +155,19 @@ class _Stack:
         self._starts = [sum(slots[:index]) for index in range(len(slots))]
         self.values = torch.zeros(len(models), sum(slots))
         for index, state in enumerate(states):
-            for key, view in zip(self.shapes, self.views_of(self.values), strict=True):
-                view[index] = state[key]
+            self._fill(index, state)
         self.views = [view.requires_grad_() for view in self.views_of(self.values)]
+
+    def _fill(self, index: int, state: Mapping[str, Tensor]) -> None:
+        """Copies one network's weights into its row."""
+        for (key, shape), view in zip(self.shapes.items(), self.views_of(self.values), strict=True):
+            given = tuple(state[key].shape) if key in state else None
+            if given != shape:  # a copy would repeat what is too small
+                has = "none" if given is None else "x".join(map(str, given))
+                raise InputError(
+                    f"weights {index} do not fit: the network's {key} is {'x'.join(map(str, shape))}, theirs is {has}"
+                )
+            view[index] = state[key]
 
     def views_of(self, matrix_MS: Tensor) -> list[Tensor]:
         """Each parameter's slot of a matrix [M, padded parameters], as a view [M, *shape] of the same memory."""

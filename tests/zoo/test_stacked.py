@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from sane_ray.errors import InputError
 from sane_ray.zoo.architectures import from_params, generator
 from sane_ray.zoo.images import ImageData, load_images
 from sane_ray.zoo.stacked import _Drop, stack_key, train_stack
@@ -35,9 +36,10 @@ def random_images(folder, channels, size):
     return load_images(str(folder / "random.npz"), seed=0)
 
 
-def train_plainly(params, images, epochs):
+def train_plainly(params, images, epochs, weights=None):
     """A state dict and accuracies and losses by split, after each epoch from 0."""
     net = from_params(params)
+    net.load_state_dict(weights or net.state_dict())
     rate, decay = params["optim::lr"], params["optim::wd"]
     if params["optim::optimizer"] == "adam":
         optimizer = torch.optim.Adam(net.parameters(), lr=rate, weight_decay=decay)
@@ -169,3 +171,89 @@ def test_networks_of_different_operations_are_not_stacked(digits):
     assert stack_key(BASE) != stack_key(other)
     with pytest.raises(ValueError, match="stack_key"):
         train_stack([BASE, other], digits, [1])
+
+
+# --- from given weights
+
+
+def given_weights(*seeds):
+    """Those of networks of other seeds than the params."""
+    return [from_params({**BASE, "seed": seed}).state_dict() for seed in seeds]
+
+
+def assert_same(first, second):
+    assert first.results == second.results
+    for epoch, state in first.checkpoints.items():
+        for key, value in state.items():
+            assert torch.equal(value, second.checkpoints[epoch][key])
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_given_weights_are_trained_as_a_plain_loop_does(digits, name):
+    models = [{**BASE, "optim::optimizer": name, "seed": seed} for seed in (1, 2)]
+    weights = given_weights(11, 12)
+    for params, state, history in zip(
+        models, weights, train_stack(models, digits, [0, 1, 2], weights=weights), strict=True
+    ):
+        assert_equal_histories(history, train_plainly(params, digits, 2, state), 2e-5)
+
+
+def test_from_its_initial_weights_a_network_becomes_itself_to_the_bit(digits):
+    models = [{**BASE, "model::dropout": 0.2, "seed": seed} for seed in (1, 2, 3)]
+    weights = [from_params(params).state_dict() for params in models]
+    for own, given in zip(
+        train_stack(models, digits, [0, 2]), train_stack(models, digits, [0, 2], weights=weights), strict=True
+    ):
+        assert_same(own, given)
+
+
+def test_neighbours_and_the_order_of_keys_do_not_matter(digits):
+    models = [{**BASE, "model::dropout": 0.1, "seed": seed} for seed in range(5)]
+    weights = given_weights(11, 12, 13, 14, 15)
+    together = train_stack(models, digits, [1], weights=weights)
+    turned = [dict(sorted(state.items(), reverse=True)) for state in weights]
+    for group in ([3], [4, 0]):
+        some = train_stack([models[i] for i in group], digits, [1], weights=[turned[i] for i in group])
+        for index, alone in zip(group, some, strict=True):
+            assert_same(alone, together[index])
+
+
+def test_a_network_that_is_nan_spoils_no_other(digits):
+    weights = given_weights(11, 12, 13)
+    sound = train_stack([BASE] * 2, digits, [0, 1], weights=weights[::2])
+    weights[1]["module_list.0.bias"][0] = float("nan")
+    first, broken, last = train_stack([BASE] * 3, digits, [0, 1], weights=weights)
+    assert_same(first, sound[0])
+    assert_same(last, sound[1])
+    assert np.isnan(broken.results[1]["train_loss"])
+
+
+def test_given_weights_are_not_written_to(digits):
+    (state,) = given_weights(11)
+    before = {key: value.clone() for key, value in state.items()}
+    train_stack([BASE], digits, [1], weights=[state])
+    assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+
+def test_logits_are_kept_where_asked_for_and_give_the_accuracies(digits):
+    labels = digits.split("test")[1]
+    for history in train_stack([BASE, {**BASE, "seed": 2}], digits, [0, 2], keep_logits=True):
+        assert list(history.logits) == [0, 2]
+        for epoch, logits in history.logits.items():
+            assert logits.dtype == np.float32 and logits.shape == (len(labels), 10)
+            assert (logits.argmax(1) == labels).mean() == pytest.approx(history.results[epoch]["test_acc"])
+            loss = functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item()
+            assert loss == pytest.approx(history.results[epoch]["test_loss"], abs=1e-5)
+    assert train_stack([BASE], digits, [0])[0].logits == {}
+
+
+def test_weights_that_do_not_fit_are_refused(digits):
+    (state,) = given_weights(11)
+    with pytest.raises(ValueError, match="1 networks' weights were given for 2"):
+        train_stack([BASE] * 2, digits, [0], weights=[state])
+    state["module_list.3.weight"] = state["module_list.3.weight"][:1]
+    with pytest.raises(InputError, match=r"module_list\.3\.weight is 10x8x3x3, theirs is 1x8x3x3"):
+        train_stack([BASE], digits, [0], weights=[state])
+    del state["module_list.3.weight"]
+    with pytest.raises(InputError, match=r"module_list\.3\.weight is 10x8x3x3, theirs is none"):
+        train_stack([BASE], digits, [0], weights=[state])
