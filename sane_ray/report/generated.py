@@ -130,7 +130,9 @@ def draw_finetuning(history: Sequence[Row], samples: Sequence[Row], folder: Path
 def write_finetuning_report(results: Row, samples: Row, pictures: Sequence[Path], path: Path, made_by: str) -> Path:
     """Writes the report of fine-tuning: verdict, table, ensembles, pictures, what failed, how it was made."""
     failed = [f"{one['method']} {one['repetition']}: {one['reason']}" for one in results["failed"]]
-    failed += [f"{one['method']} {one['repetition']}: its weights are no numbers any more" for one in results["diverged"]]
+    failed += [
+        f"{one['method']} {one['repetition']}: its weights are no numbers any more" for one in results["diverged"]
+    ]
     sections = [
         Section("Does sampling help?", [Items(results["verdict"])] if results["verdict"] else []),
         Section("Accuracy", [epoch_table(results["table"]), _ensemble_table(results["table"])]),
