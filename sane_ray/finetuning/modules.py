@@ -86,7 +86,8 @@ class ModuleEvaluation:
         """
         modules = [self._module(piece, index) for index in range(len(piece.params))]
         if self._at_once(modules, piece.params):
-            return self._history(_Stacked(modules), piece.params)
+            with contextlib.suppress(torch.OutOfMemoryError):  # the stack is a copy: the modules are as they were
+                return self._history(_Stacked(modules), piece.params)
         alone = [self._history(_Alone(module), [params]) for module, params in zip(modules, piece.params, strict=True)]
         return Histories(
             np.concatenate([one.metrics_REM for one in alone]), np.concatenate([one.logits_RTIC for one in alone])
