@@ -205,3 +205,23 @@ def test_actors_are_told_of_the_network_and_their_gpu(images, tmp_path):
         work, arguments = Measuring(images, 1, [0], tmp_path, FanOutConfig(gpus=gpus), network=network)._work
         assert work is ModuleEvaluation and arguments == [network, images, 1, [0], device]
     assert Measuring(images, 1, [0], tmp_path, FanOutConfig())._work[0] is Evaluation
+
+
+@pytest.mark.parametrize("name", ["plain", "residual"])
+def test_answers_at_once_as_on_a_gpu_are_those_of_each(images, name):
+    network, _ = networks_of(name, 3)
+    nets = [network.build(seed).eval() for seed in range(3)]
+    stack, x = modules._Stacked(nets), torch.tensor(images.images_NCHW[:50])
+    with torch.no_grad():
+        at_once = torch.func.vmap(stack._call, in_dims=(0, 0, None))(stack.weights, stack.buffers, x)
+        torch.testing.assert_close(at_once, torch.stack([net(x) for net in nets]), atol=1e-5, rtol=1e-5)
+        assert torch.equal(stack.answers(x), torch.stack([net(x) for net in nets]))
+
+
+def test_a_cpu_trains_only_small_networks_at_once(images, monkeypatch):
+    network, states = networks_of("plain", 2)
+    nets, params = [network.build(), network.build()], piece_of(states, ADAM).params
+    assert ModuleEvaluation(network, images, 1, [])._at_once(nets, params)
+    assert not ModuleEvaluation(network, images, 0, [])._at_once(nets, params), "nothing is trained"
+    monkeypatch.setattr(modules, "SMALL", 1000)
+    assert not ModuleEvaluation(network, images, 1, [])._at_once(nets, params)
