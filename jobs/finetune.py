@@ -10,6 +10,10 @@ EXAMPLES = """examples:
       accuracy at epochs 0, 1, 5, 10 and 25 of every method: table, curves, report.html
   python jobs/finetune.py --samples SAMPLES --finetuning.epochs 5 --finetuning.table_epochs '[0, 1, 5]'
       shorter
+  PYTHONPATH=src python jobs/finetune.py --samples SAMPLES --finetuning.optimizer sgd --finetuning.learning_rate 0.1
+      networks of your own (jobs/sample.py --network), with another recipe than that of their zoo
+  python jobs/finetune.py --samples SAMPLES --fan_out.actors 8 --fan_out.gpus 0.25
+      networks of your own, on GPUs that four actors share
   python jobs/finetune.py --samples SAMPLES --fan_out.actors 64 --fan_out.cpus 2
       on a cluster: as many actors as it has room for, 64 at most
 """

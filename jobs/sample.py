@@ -15,6 +15,9 @@ EXAMPLES = """examples:
       for another task: images of the same shape; the last layer begins anew where classes differ
   python jobs/sample.py --model RUN --store STORE --target digits_cnn_wide
       for a wider or deeper network
+  PYTHONPATH=src python jobs/sample.py --model RUN --store STORE --network my_networks:resnet18 --images cifar.npz
+      networks of your own, such as `def resnet18(classes): ...` in src/my_networks.py returns; running statistics of
+      their batch norms are estimated from training images (--sampling.batch_norm)
   python jobs/sample.py --model RUN --store STORE --sampling.where 'nlin == "gelu"' --dry-run
       say which networks would be anchors
 """

@@ -945,8 +945,10 @@ class SamplingConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of SANE's matrix products."""
 
-    batch_norm_images: int = 2000
-    """Images from which running statistics of batch norms are estimated anew after decoding; 0 keeps the decoded."""
+    batch_norm: Literal["reset", "published", "keep"] = "reset"
+    """Running statistics of batch norms, which fit no new weights as they are decoded: `reset` estimates them anew from
+    up to 2,000 training images, `published` mixes the decoded with such estimates (momentum 0.1, batches of 32), `keep`
+    leaves the decoded."""
 
     seed: int = 0
     """Of all draws."""
@@ -983,9 +985,6 @@ class SamplingConfig:
         _check(self.largest_weight > 0, "sampling.largest_weight", self.largest_weight, "must be positive")
         _check(self.window >= 0, "sampling.window", self.window, "must not be negative")
         _check(self.halo >= 0, "sampling.halo", self.halo, "must not be negative")
-        _check(
-            self.batch_norm_images >= 0, "sampling.batch_norm_images", self.batch_norm_images, "must not be negative"
-        )
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -1004,6 +1003,11 @@ class SampleJob:
 
     target: str = ""
     """Architecture of the new networks, such as `digits_cnn_wide`; empty is that of the anchors."""
+
+    network: str = ""
+    """`package.module:function` that builds the network of the samples, a torch.nn.Module that answers with logits, for
+    zoos that are not of our own architectures. It is your own code on PYTHONPATH (of all nodes), imported and never
+    fetched; it is called with the number of classes as keyword `classes` if it takes it. Needs --images."""
 
     output: str = ""
     """Folder of the samples; empty is `<storage>/samples/<run_name>`."""
@@ -1026,10 +1030,22 @@ class FinetuningConfig:
     """How generated networks are trained on."""
 
     epochs: int = 25
-    """Epochs of training, with the optimiser settings of the best anchor; accuracy is measured after each."""
+    """Epochs of training; accuracy is measured after each."""
 
     table_epochs: list[int] = field(default_factory=lambda: [0, 1, 5, 10, 25])
     """Epochs in the table, and those at which ensembles are measured; ones after the last are left out."""
+
+    optimizer: Literal["", "adam", "adamw", "sgd"] = ""
+    """Optimiser; empty is the best anchor's, or adam where the store does not say. `adamw` needs `network`."""
+
+    learning_rate: float = 0.0
+    """Constant learning rate; 0 is the best anchor's with its optimiser, or else 0.001 (sgd, with momentum: 0.01)."""
+
+    weight_decay: float = -1.0
+    """Weight decay; negative is the best anchor's, or none where the store does not say."""
+
+    batch_size: int = 0
+    """Images a step; 0 is the best anchor's, or 32 where the store does not say."""
 
     networks_at_once: int = 8
     """Networks trained side by side in one actor."""
@@ -1042,6 +1058,8 @@ class FinetuningConfig:
         epochs = self.table_epochs
         rising = len(epochs) > 0 and epochs == sorted(set(epochs)) and epochs[0] >= 0
         _check(rising, "finetuning.table_epochs", epochs, "must be increasing epochs, for example [0, 1, 5]")
+        _check(self.learning_rate >= 0, "finetuning.learning_rate", self.learning_rate, "must not be negative")
+        _check(self.batch_size >= 0, "finetuning.batch_size", self.batch_size, "must not be negative")
         _check(self.networks_at_once >= 1, "finetuning.networks_at_once", self.networks_at_once, "must be at least 1")
         _check(self.seed >= 0, "finetuning.seed", self.seed, "must not be negative")
 
@@ -1055,6 +1073,10 @@ class FinetuneJob:
 
     images: str = ""
     """Images to train on, where they are a file that has moved since; empty is those that were sampled for."""
+
+    network: str = ""
+    """`package.module:function` that builds the networks, where it is not the one that was sampled with; see
+    jobs/sample.py --network."""
 
     output: str = ""
     """Folder of the results; empty is `<storage>/finetuning/<run_name>`."""

@@ -19,6 +19,8 @@ from sane_ray.config import FinetuneJob, FinetuningConfig, to_dict
 from sane_ray.errors import InputError
 from sane_ray.finetuning.evaluation import METRICS, Histories, Piece
 from sane_ray.finetuning.measuring import Failed, Measuring
+from sane_ray.finetuning.recipe import describe as described_recipe
+from sane_ray.finetuning.recipe import recipe_of
 from sane_ray.finetuning.results import Method, diverged, methods_of, rows_of, table_of, verdict
 from sane_ray.report.generated import draw_finetuning, write_finetuning_report
 from sane_ray.sampling.files import Samples, write_rows
@@ -27,6 +29,8 @@ from sane_ray.tokens.store.reading import json_digest
 from sane_ray.tokens.store.text_table import table
 from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
 from sane_ray.zoo.images import ImageData, load_images
+from sane_ray.zoo.stacked import OPTIMIZERS
+from sane_ray.zoo.user_network import UserNetwork, check_same
 
 EXPERIMENT = "sane_ray finetuning"
 """Name of the MLflow experiment."""
@@ -46,6 +50,10 @@ class Plan:
     output: Path
     name: str
     identity: dict[str, Any]
+    recipe: dict[str, Any]
+    """How networks are trained: as the best anchor was, or as the config says."""
+    network: UserNetwork | None
+    """What builds networks that are of none of our own architectures."""
 
     @property
     def digest(self) -> str:
@@ -77,10 +85,37 @@ def plan_of(job: FinetuneJob) -> Plan:
         "images": images.fingerprint,
         "settings": _settings(job.finetuning),
     }
+    network = _network(samples, job.network, images)
+    if network is not None:
+        identity["network"] = [network.path, network.source]
+    recipe = _recipe(samples, job.finetuning, network)
     name = job.run_name or f"{samples.index['name']}-{json_digest(identity)[:8]}"
     storage = default_storage(job.storage)
     output = local_path(job.output, "output") if job.output else storage / "finetuning" / name
-    return Plan(samples, images, job.finetuning, output, name, identity)
+    return Plan(samples, images, job.finetuning, output, name, identity, recipe, network)
+
+
+def _network(samples: Samples, named: str, images: ImageData) -> UserNetwork | None:
+    path = named or samples.index.get("network", "")
+    if not path:
+        return None
+    network = UserNetwork(path, images.classes)
+    found = {key: tuple(value.shape) for key, value in samples.network(samples.rows[0]).items()}
+    check_same(network.shapes, found, path, f"the networks of {samples.path}")
+    network.check_answers(torch.from_numpy(images.images_NCHW[:2]))
+    return network
+
+
+def _recipe(samples: Samples, config: FinetuningConfig, network: UserNetwork | None) -> dict[str, Any]:
+    recipe = recipe_of(samples.index["recipe"], config)
+    if network is not None:
+        return recipe | {"network::function": network.path, "network::source": network.source}
+    if recipe["optim::optimizer"] not in OPTIMIZERS:
+        raise InputError(
+            f"config field finetuning.optimizer is {recipe['optim::optimizer']!r}, which trains only networks of "
+            f"--network: choose {' or '.join(OPTIMIZERS)}"
+        )
+    return recipe
 
 
 def _settings(config: FinetuningConfig) -> dict[str, Any]:
@@ -137,7 +172,8 @@ def finetune(plan: Plan, job: FinetuneJob) -> None:
     start = time.monotonic()
     folder = plan.output / RECORDS_FOLDER
     members, pieces = zip(*pieces_of(plan), strict=True)
-    with Measuring(plan.images, plan.config.epochs, plan.epochs, folder, job.fan_out, "fine-tune") as measuring:
+    epochs, images = plan.config.epochs, plan.images
+    with Measuring(images, epochs, plan.epochs, folder, job.fan_out, "fine-tune", plan.network) as measuring:
         if known := measuring.known(pieces):
             print(f"going on   {known} of {len(pieces)} pieces are done already", flush=True)
         done = measuring(pieces)
@@ -165,7 +201,7 @@ def pieces_of(plan: Plan) -> Iterator[tuple[list[tuple[str, int]], Piece]]:
         some = rows[begin : begin + size]
         networks = [plan.samples.network(row) for row in some]
         weights = {key: torch.stack([network[key] for network in networks]).numpy() for key in networks[0]}
-        params = [{**plan.samples.index["recipe"], "seed": _seed(plan.config.seed, row["repetition"])} for row in some]
+        params = [{**plan.recipe, "seed": _seed(plan.config.seed, row["repetition"])} for row in some]
         yield [(row["method"], row["repetition"]) for row in some], Piece(params, weights)
 
 
@@ -247,7 +283,9 @@ def describe(plan: Plan) -> str:
         [
             f"samples    {plan.samples.path}: {len(rows)} networks of {len(methods)} methods",
             f"images     {images.name}: {'x'.join(map(str, images.shape))}, {images.classes} classes ({counts})",
+            *([f"network    {plan.network.path}()"] if plan.network is not None else []),
             f"training   {epochs} epoch{'s' * (epochs != 1)}; table at {', '.join(map(str, plan.epochs))}",
+            f"recipe     {described_recipe(plan.recipe, plan.samples.index['recipe'], plan.config)}",
             f"work       {pieces} piece{'s' * (pieces > 1)} of up to {at_once} network{'s' * (at_once > 1)} each",
             f"results    {plan.output}",
         ]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from sane_ray.cluster import connect
 from sane_ray.config import ClusterConfig, FanOutConfig
 from sane_ray.errors import InputError
 from sane_ray.finetuning.evaluation import Evaluation, Histories, Piece
 from sane_ray.finetuning.executor import execute
+from sane_ray.finetuning.modules import ModuleEvaluation
 from sane_ray.finetuning.records import Records
 from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.zoo.images import ImageData
@@ -42,6 +45,7 @@ class Measuring:
         folder: where histories are kept.
         config: of the actors.
         what: the verb of the progress bar.
+        network: builds the networks, where they are of none of our own architectures.
     """
 
     def __init__(
@@ -52,7 +56,9 @@ class Measuring:
         folder: Path,
         config: FanOutConfig,
         what: str = "evaluate",
+        network: Callable[[], nn.Module] | None = None,
     ) -> None:
+        self.network = network
         self.images, self.epochs, self.answered, self.config, self.what = images, epochs, list(answered), config, what
         self.records = Records(folder, images, epochs, self.answered)
         self._connection = contextlib.ExitStack()
@@ -87,7 +93,8 @@ class Measuring:
         yield from self._here(missing) if self._is_small(missing.values()) else self._on_ray(missing)
 
     def _here(self, missing: dict[str, Piece]) -> Iterator[tuple[str, Histories | Failed]]:
-        evaluation = Evaluation(self.images, self.epochs, self.answered)
+        work, arguments = self._work
+        evaluation = work(*arguments)
         with progress_bar(self.what, len(missing), "piece", delay=_QUIET_SECONDS) as bar:
             for key, piece in missing.items():
                 try:
@@ -97,6 +104,14 @@ class Measuring:
                 bar.update()
                 yield key, result
 
+    @property
+    def _work(self) -> tuple[Callable[..., Callable[[Piece], Histories]], list[Any]]:
+        """What measures pieces, and its arguments."""
+        arguments = [self.images, self.epochs, self.answered]
+        if self.network is None:
+            return Evaluation, arguments
+        return ModuleEvaluation, [self.network, *arguments, "cuda" if self.config.gpus else "cpu"]
+
     def _is_small(self, pieces: Iterable[Piece]) -> bool:
         passes = 1 + self.epochs * (1 + _PASSES)
         work = sum(_weights(piece) for piece in pieces) * len(self.images.labels_N) * passes
@@ -104,10 +119,11 @@ class Measuring:
 
     def _on_ray(self, missing: dict[str, Piece]) -> Iterator[tuple[str, Histories | Failed]]:
         self._connection.enter_context(connect(ClusterConfig(address=self.config.address)))  # once: then it is nothing
+        work, arguments = self._work
         outcomes = execute(
-            Evaluation,
+            work,
             missing.items(),
-            arguments=[self.images, self.epochs, self.answered],
+            arguments=arguments,
             actors=self.config.actors,
             num_cpus=self.config.cpus,
             num_gpus=self.config.gpus,

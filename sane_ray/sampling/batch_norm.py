@@ -5,7 +5,7 @@ ResNet-18 answers at chance with them, and with estimated ones at 61 % (SANE, ar
 batch-norm conditioning). Nothing but running statistics ever changes: no parameter, no flag, no momentum. This module
 never reads a file and never imports Ray.
 
-Shape suffixes: B images of a batch, C channels, H height, W width.
+Shape suffixes: N images, B images of a batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -13,14 +13,60 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sane_ray.errors import InputError
+from sane_ray.zoo.images import ImageData
+
+IMAGES = 2000
+"""Most training images that statistics are estimated from."""
+
+BATCH = 100
+PUBLISHED_BATCH, PUBLISHED_MOMENTUM = 32, 0.1
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _DRAW_AGAIN = "these weights are of no use: draw others, or from a narrower density"
+
+
+def training_batches(images: ImageData, how: str) -> list[Tensor]:
+    """The training images that statistics are estimated from, float32 [B, C, H, W]; the same at every call.
+
+    Args:
+        images: of which only the training split is touched.
+        how: ``reset`` for batches of about ``BATCH`` images, all of nearly one size, ``published`` for those of
+            ``PUBLISHED_BATCH``, ``keep`` for none.
+    """
+    if how == "keep":
+        return []
+    rows_N = np.random.default_rng(0).permutation(images.rows["train"])[:IMAGES]
+    size = PUBLISHED_BATCH if how == "published" else BATCH
+    chunks = np.array_split(rows_N, max(1, len(rows_N) // size))
+    return [torch.from_numpy(images.images_NCHW[rows_B]) for rows_B in chunks]
+
+
+def condition_as(how: str, network: nn.Module, batches: Iterable[Tensor]) -> bool:
+    """Estimates statistics in one of the ways of ``sampling.batch_norm``, in place.
+
+    Args:
+        how: ``reset``, ``published`` (something of the statistics stays), or ``keep``.
+        network: with the generated weights.
+        batches: of ``training_batches``.
+
+    Returns:
+        Whether statistics were estimated. Where weights lead to values that are not finite, they stay as they were:
+        such a network is of no use with any.
+    """
+    if how == "keep":
+        return False
+    published = how == "published"
+    try:
+        count = condition(network, batches, reset=not published, momentum=PUBLISHED_MOMENTUM if published else None)
+    except InputError:
+        return False
+    return count > 0
 
 
 def condition(

@@ -1,6 +1,6 @@
 """The folder of samples: networks as safetensors, what is known of each as Parquet, and what they are in samples.json.
 
-samples.json                     identity, anchors, recipe, counts, verdict; written last: with it the folder is whole
+samples.json                     identity, anchors, recipe, what builds the networks, verdict; last, to say it is whole
 samples.parquet                  one row a kept network: method, repetition, accuracy, novelty, file
 candidates.parquet               one row a drawn network of every source at every scale
 networks/<method>/<i>.safetensors

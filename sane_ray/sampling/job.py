@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from sane_ray.cluster import default_storage
 from sane_ray.config import SampleJob
 from sane_ray.finetuning.evaluation import METRICS, Piece
 from sane_ray.finetuning.measuring import Measuring, succeeded
+from sane_ray.finetuning.modules import BATCH_NORM
 from sane_ray.report.generated import draw_samples, write_sampling_report
 from sane_ray.sampling.anchors import aligned
 from sane_ray.sampling.auditing import Auditor, Training
@@ -35,10 +35,10 @@ from sane_ray.sampling.files import (
     write_network,
     write_rows,
 )
+from sane_ray.sampling.finishing import finished, fitted
 from sane_ray.sampling.generation import Codec, Weights, state_dict
 from sane_ray.sampling.methods import SWEPT, Measured, Pool, Sampler
 from sane_ray.sampling.plan import SamplePlan, describe, plan_of
-from sane_ray.sampling.targets import Target
 from sane_ray.shell import command, this_command
 from sane_ray.tokens.store.text_table import table
 from sane_ray.tokens.symmetry import Symmetry
@@ -52,9 +52,6 @@ EXPERIMENT = "sane_ray sampling"
 """Name of the MLflow experiment."""
 
 PICTURES, REPORT_FILE, LOGGED_FILE = "plots", "report.html", ".logged"
-
-_TWIN_NOISE = 0.01
-"""Of the spread of a tensor: noise on channels that a wider target has more than once."""
 
 _TOGETHER = 16
 """Networks that are measured side by side."""
@@ -98,7 +95,8 @@ def sample(plan: SamplePlan, config: SampleJob) -> None:
     if plan.images is None:
         _write(drawing, None, start)
         return
-    with Measuring(plan.images, 0, [0], plan.output / MEASURED_FOLDER, config.fan_out, "measure") as measuring:
+    folder, network = plan.output / MEASURED_FOLDER, plan.network
+    with Measuring(plan.images, 0, [0], folder, config.fan_out, "measure", network=network) as measuring:
         drawing = Drawing.begun(plan, measuring)
         _write(drawing, measuring, start)
 
@@ -125,7 +123,8 @@ class Drawing:
         predictions = labels = None
         if measuring is not None and plan.target is None:
             stacked = {key: torch.stack([network[key] for network in training]) for key in training[0]}
-            predictions, labels = measured(measuring, stacked, plan).predictions_RI, measuring.images.split("test")[1]
+            found = measured(measuring, fitted(plan, stacked), plan)
+            predictions, labels = found.predictions_RI, measuring.images.split("test")[1]
         ids = [str(name) for name in anchors.store.models["id"].take(ordinals).to_pylist()]
         auditor = Auditor(codec, Training(training, ids, anchors.runs(ordinals), predictions, labels), symmetry)
         return cls(plan, codec, Sampler(codec, training[: len(anchors.ordinals)], measure, settings), auditor)
@@ -140,13 +139,15 @@ class Measure:
 
     def __call__(self, weights: Weights) -> Measured:
         """[R, *shape] each."""
-        return measured(self.measuring, finished(self.plan, weights), self.plan)
+        return measured(self.measuring, fitted(self.plan, weights), self.plan)
 
 
-def measured(measuring: Measuring, weights: Weights, plan: SamplePlan) -> Measured:
-    """Accuracy and answers of networks, as they are."""
+def measured(measuring: Measuring, weights: Weights, plan: SamplePlan, *, as_is: bool = False) -> Measured:
+    """Accuracy and answers of networks, once their batch norms are conditioned as in ``finished``; or as they are."""
     arrays = {key: value.contiguous().numpy() for key, value in weights.items()}
     count, params = len(next(iter(arrays.values()))), {**plan.recipe, "seed": 0}
+    if plan.network is not None:
+        params[BATCH_NORM] = "keep" if as_is else plan.config.batch_norm
     pieces = [
         Piece([params] * min(_TOGETHER, count - begin), {k: v[begin : begin + _TOGETHER] for k, v in arrays.items()})
         for begin in range(0, count, _TOGETHER)
@@ -157,34 +158,6 @@ def measured(measuring: Measuring, weights: Weights, plan: SamplePlan) -> Measur
     column = {name: metrics_RM[:, place] for place, name in enumerate(METRICS)}
     predictions_RI = logits_RIC.argmax(-1).astype(np.int16)
     return Measured(column["val_acc"], column["val_loss"], column["test_acc"], predictions_RI)
-
-
-def finished(plan: SamplePlan, weights: Weights) -> Weights:
-    """From weights of the anchors' architecture to those of the networks that come out, [R, *shape] each.
-
-    What is drawn for it has the network's own weights for a seed: so a network that is measured, and written later, is
-    the same.
-    """
-    if plan.target is None:
-        return weights
-    count = len(next(iter(weights.values())))
-    networks = [_fitted(plan.target, state_dict(weights, index)) for index in range(count)]
-    return {key: torch.stack([network[key] for network in networks]) for key in networks[0]}
-
-
-def _fitted(target: Target, network: Weights) -> Weights:
-    """One network of the target's architecture.
-
-    Channels that are there more than once get a little noise, which lets training tell them apart (Chen et al. 2016).
-    """
-    seed = zlib.crc32(b"".join(value.contiguous().numpy().tobytes() for value in network.values()))
-    rng = torch.Generator().manual_seed(seed)
-    copies = {}
-    for key, value in network.items():
-        noise = torch.randn(target.copies, *value.shape, generator=rng) * _TWIN_NOISE * float(value.std(correction=0))
-        noise[0] = 0
-        copies[key] = (value + noise)[None]
-    return state_dict(target.apply(copies, seed), 0)
 
 
 def _write(drawing: Drawing, measuring: Measuring | None, start: float) -> None:
@@ -212,6 +185,7 @@ def _write(drawing: Drawing, measuring: Measuring | None, start: float) -> None:
         "images": _images(plan),
         "anchors": {"words": plan.anchors.words, "ids": plan.anchors.ids},
         "recipe": plan.recipe,
+        "network": plan.network.path if plan.network is not None else "",
         "bandwidth": sampler.bandwidth,
         "noise": sampler.as_far_as("sane_kde"),
         "exploded": exploded,
@@ -255,9 +229,12 @@ def _kept(drawing: Drawing, method: str, pool: Pool) -> Iterator[dict[str, Any]]
 def _scratch(plan: SamplePlan, measuring: Measuring | None) -> Iterator[dict[str, Any]]:
     """Networks as they are initialised; a row each."""
     params = [{**plan.recipe, "seed": _scratch_seed(plan, index)} for index in range(plan.config.repetitions)]
-    networks = [from_params(one).state_dict() for one in params]
+    networks = [
+        plan.network.state_dict(one["seed"]) if plan.network is not None else from_params(one).state_dict()
+        for one in params
+    ]
     stacked = {key: torch.stack([network[key] for network in networks]) for key in networks[0]}
-    found = None if measuring is None else measured(measuring, stacked, plan)
+    found = None if measuring is None else measured(measuring, stacked, plan, as_is=True)
     for repetition, network in enumerate(networks):
         file = network_file("scratch", repetition)
         write_network(plan.output, file, network, {"method": "scratch"})

@@ -6,9 +6,13 @@ Reads indices, images and the model's config, never weights of the zoo. Never im
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sane_ray.autoencoder.model import SANE
 from sane_ray.cluster import default_storage, local_path
@@ -18,11 +22,13 @@ from sane_ray.embedding.preprocessing import Preprocessing
 from sane_ray.embedding.writing import model_fingerprint
 from sane_ray.errors import InputError
 from sane_ray.sampling.anchors import Anchors, choose
+from sane_ray.sampling.batch_norm import IMAGES
 from sane_ray.sampling.targets import Target
 from sane_ray.tokens.store import TokenStore
 from sane_ray.tokens.store.reading import json_digest
 from sane_ray.zoo.architectures import architecture_for, described, from_params, image_shape_of, parameter_shapes
 from sane_ray.zoo.images import ImageData, load_images
+from sane_ray.zoo.user_network import UserNetwork, check_same
 
 VERSION = 1
 
@@ -49,6 +55,10 @@ class SamplePlan:
     config: SamplingConfig
     identity: dict[str, Any]
     """All that decides what comes out."""
+    network: UserNetwork | None = None
+    """What builds networks that are of none of our own architectures; None for those that are."""
+    rest: dict[str, Tensor] = field(default_factory=dict)
+    """Entries of that network's state dict that never were tokens, as it has them when it is built."""
 
     @property
     def digest(self) -> str:
@@ -71,10 +81,18 @@ def plan_of(job: SampleJob) -> SamplePlan:
     store = TokenStore.open(local_path(job.store, "store"))
     anchors = choose(store, job.sampling)
     Preprocessing(SANE.from_pretrained(model_path)).of_store(anchors.architecture)
-    images, why = _images(job, anchors.params)
+    images, why = _images_of_network(job, anchors.params) if job.network else _images(job, anchors.params)
     _check_measurable(job.sampling, why)
     recipe = _recipe(job, anchors, images)
-    target = _target(anchors, recipe) if images is not None else None
+    network = UserNetwork(job.network, images.classes) if job.network and images is not None else None
+    target: Target | None = None
+    rest: dict[str, Tensor] = {}
+    if network is not None and images is not None:
+        target, rest = fit_of(network, anchors)
+        network.check_answers(torch.from_numpy(images.images_NCHW[:2]))
+        recipe |= {"network::function": network.path, "network::source": network.source}
+    elif images is not None:
+        target = _target(anchors, recipe)
     identity = {
         "version": VERSION,
         "model": model_fingerprint(model_path),
@@ -88,7 +106,21 @@ def plan_of(job: SampleJob) -> SamplePlan:
     output = local_path(job.output, "output") if job.output else storage / "samples" / name
     named = job.images if job.images.endswith((".npz", ".parquet")) else ""
     path = str(Path(named).expanduser().absolute()) if named else ""
-    return SamplePlan(model_path, anchors, images, path, why, recipe, target, output, name, job.sampling, identity)
+    return SamplePlan(
+        model_path, anchors, images, path, why, recipe, target, output, name, job.sampling, identity, network, rest
+    )
+
+
+def _images_of_network(job: SampleJob, params: Mapping[str, Any]) -> tuple[ImageData, str]:
+    """The images that networks of the user's are measured with."""
+    if not job.images:
+        raise InputError(
+            f"--network {job.network} needs --images: name those that its networks were trained on (`digits`, "
+            "`mnist5k`, or a path to .npz or .parquet), so that they can be measured and conditioned"
+        )
+    if job.target:
+        raise InputError("--target names one of our own architectures, and --network another: give one of them")
+    return load_images(job.images, seed=int(params.get("dataset::seed", 0))), ""
 
 
 def _images(job: SampleJob, params: Mapping[str, Any]) -> tuple[ImageData | None, str]:
@@ -96,9 +128,10 @@ def _images(job: SampleJob, params: Mapping[str, Any]) -> tuple[ImageData | None
     try:
         from_params({**params, "seed": 0, "model::init_type": "uniform", "model::dropout": 0.0})
     except InputError as error:
+        own = "--network package.module:function names what builds networks of your own"
         if job.images or job.target:
-            raise InputError(f"--images and --target need networks that can be run here, but {error}") from error
-        return None, str(error)
+            raise InputError(f"--images and --target need networks that can be run here, but {error}; {own}") from error
+        return None, f"{error}; {own}"
     seed = int(params.get("dataset::seed", 0))
     name = job.images or str(params.get("dataset::name", ""))
     if not name:
@@ -133,6 +166,12 @@ def _recipe(job: SampleJob, anchors: Anchors, images: ImageData | None) -> dict[
     recipe = dict(anchors.params)
     if images is None:
         return recipe
+    if job.network:
+        return recipe | {
+            "model::o_dim": images.classes,
+            "dataset::name": images.name,
+            "dataset::fingerprint": images.fingerprint,
+        }
     _, height, width = shape = images.shape
     if shape != image_shape_of(recipe):
         raise InputError(
@@ -160,6 +199,33 @@ def _target(anchors: Anchors, recipe: Mapping[str, Any]) -> Target | None:
     return Target(source, wanted, initialization=str(recipe["model::init_type"]))
 
 
+def fit_of(network: UserNetwork, anchors: Anchors) -> tuple[Target | None, dict[str, Tensor]]:
+    """How weights of the anchors become those of a user's network: with a new head, and what never were tokens.
+
+    Returns:
+        What fits them to another number of classes (None for the same), and the rest of the state dict.
+
+    Raises:
+        InputError: the network has not the keys and shapes of the anchors.
+    """
+    table = anchors.architecture.table
+    source: dict[str, tuple[int, ...]] = {layer.key: layer.shape for layer in table.layers}
+    source |= {layer.bias_key: layer.shape[:1] for layer in table.layers if layer.bias_key is not None}
+    stored = source | {each.key: each.shape for each in table.untokenized}
+    built = network.state_dict()
+    wanted = {key: tuple(value.shape) for key, value in built.items()}
+    what = f"the networks of {anchors.store.path}"
+    differing = next((key for key in wanted if wanted[key] != stored.get(key)), None)
+    if differing is not None and stored.get(differing):  # of other classes, if it can be built for those
+        as_trained = UserNetwork(network.path, stored[differing][0])
+        check_same(as_trained.shapes, stored, network.path, what)
+    else:
+        check_same(wanted, stored, network.path, what)
+    ordered = {key: source[key] for key in wanted if key in source}
+    target = None if differing is None else Target(ordered, {key: wanted[key] for key in ordered})
+    return target, {key: value for key, value in built.items() if key not in source}
+
+
 def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the network that params describe."""
     return parameter_shapes(described(params), image_shape_of(params), int(params["model::o_dim"]))
@@ -177,8 +243,7 @@ def describe(plan: SamplePlan) -> str:
         f"model      {plan.model}",
         f"anchors    {plan.anchors.words}",
         f"images     {shown}",
-        f"networks   {plan.recipe.get('model::type', plan.anchors.architecture.name)}, trained as the best anchor was: "
-        + ", ".join(f"{key.split('::')[1]} {plan.recipe[key]}" for key in _RECIPE if key in plan.recipe),
+        f"networks   {_described_networks(plan)}",
         f"methods    {', '.join(config.methods)}",
         f"draws      {config.candidates} candidates and {config.repetitions} kept of each method",
         f"results    {plan.output}",
@@ -187,5 +252,28 @@ def describe(plan: SamplePlan) -> str:
         lines[4:4] = [f"target     {line}" for line in plan.target.describe()]
     return "\n".join(lines)
 
+
+def _described_networks(plan: SamplePlan) -> str:
+    """What they are, how the best anchor was trained, and what becomes of what was not decoded."""
+    known = [f"{key.split('::')[1]} {plan.recipe[key]}" for key in _RECIPE if key in plan.recipe]
+    trained = f", trained as the best anchor was: {', '.join(known)}" if known else ""
+    if plan.network is None:
+        return f"{plan.recipe.get('model::type', plan.anchors.architecture.name)}{trained}"
+    lines = [f"{plan.network.path}(){trained or '; the store does not say how they were trained'}"]
+    norms = sum(isinstance(module, _BatchNorm) for module in plan.network.build().modules())
+    if norms and plan.images is not None:
+        count = min(IMAGES, len(plan.images.rows["train"]))
+        lines.append(f"statistics of {norms} batch norms: {_STATISTICS[plan.config.batch_norm].format(count)}")
+    left = [key for key in plan.rest if not key.endswith("num_batches_tracked")]
+    if left:
+        lines.append(f"not in the store, as the network is built: {', '.join(left[:5])}{', ...' * (len(left) > 5)}")
+    return "\n           ".join(lines)
+
+
+_STATISTICS = {
+    "reset": "estimated from {} training images",
+    "published": "decoded, and then averaged with those of {} training images",
+    "keep": "as decoded",
+}
 
 _RECIPE = ("model::nlin", "model::dropout", "optim::optimizer", "optim::lr", "optim::wd", "training::batchsize")
