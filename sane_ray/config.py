@@ -1075,8 +1075,8 @@ class FinetuneJob:
     """Images to train on, where they are a file that has moved since; empty is those that were sampled for."""
 
     network: str = ""
-    """`package.module:function` that builds the networks, where it is not the one that was sampled with; see
-    jobs/sample.py --network."""
+    """`package.module:function` that builds the networks, where they are not of our own architectures: as for
+    jobs/sample.py. What samples say of it is not trusted, as it is code that is run."""
 
     output: str = ""
     """Folder of the results; empty is `<storage>/finetuning/<run_name>`."""

@@ -96,7 +96,13 @@ def plan_of(job: FinetuneJob) -> Plan:
 
 
 def _network(samples: Samples, named: str, images: ImageData) -> UserNetwork | None:
-    path = named or samples.index.get("network", "")
+    known = samples.index.get("network", "")
+    if known and not named:
+        raise InputError(
+            f"the networks of {samples.path} were built by {known}, which is code that is run here: if you trust it, "
+            f"name it by --network {known}"
+        )
+    path = named
     if not path:
         return None
     network = UserNetwork(path, images.classes)

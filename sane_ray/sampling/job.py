@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -40,6 +40,7 @@ from sane_ray.sampling.generation import Codec, Weights, state_dict
 from sane_ray.sampling.methods import SWEPT, Measured, Pool, Sampler
 from sane_ray.sampling.plan import SamplePlan, describe, plan_of
 from sane_ray.shell import command, this_command
+from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.tokens.store.text_table import table
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
@@ -47,6 +48,8 @@ from sane_ray.zoo.architectures import from_params
 
 NO_SYMMETRY = Symmetry({}, {})
 """Of networks whose channels are not to be matched."""
+
+Item = TypeVar("Item")
 
 EXPERIMENT = "sane_ray sampling"
 """Name of the MLflow experiment."""
@@ -165,14 +168,15 @@ def _write(drawing: Drawing, measuring: Measuring | None, start: float) -> None:
     plan, sampler, auditor = drawing.plan, drawing.sampler, drawing.auditor
     rows: list[dict[str, Any]] = []
     exploded: dict[str, int] = {}
-    for method in plan.config.methods:
+    for method in _told("sample", plan.config.methods, "method"):
         if method == "scratch":
             rows += _scratch(plan, measuring)
         else:
             pool = sampler.kept(method)
             exploded[method] = pool.exploded
             rows += _kept(drawing, method, pool)
-    candidates = list(_candidates(drawing))
+    pools = [(source, pool) for source in _sources(plan) for pool in _scales(sampler, source)]
+    candidates = [row for source, pool in _told("audit", pools, "set") for row in _candidates(drawing, source, pool)]
     write_rows(plan.output, ROWS_FILE, rows)
     write_rows(plan.output, CANDIDATES_FILE, candidates)
     measurable = measuring is not None
@@ -251,16 +255,30 @@ def _scratch_seed(plan: SamplePlan, index: int) -> int:
     return int(np.random.SeedSequence([plan.config.seed, index]).generate_state(1)[0])
 
 
-def _candidates(drawing: Drawing) -> Iterator[dict[str, Any]]:
-    """Everything that was drawn: of each source as a method, and of swept sources at each scale."""
-    sampler = drawing.sampler
-    sources = dict.fromkeys(method.split(":")[0] for method in drawing.plan.config.methods if method != "scratch")
-    for source in sources:
-        own = sampler.pool(source)
-        scales = [own] if source not in SWEPT or sampler.measure is None else [own, *sampler.sweep(source)]
-        for pool in {pool.scale: pool for pool in scales}.values():
-            for index, audit in enumerate(drawing.auditor.rows(pool)):
-                yield {"source": source, "scale": pool.scale, "as_method": pool is own, "index": index, **audit}
+def _told(what: str, items: Sequence[Item], unit: str) -> Iterator[Item]:
+    """The items, with a bar that says how far they are."""
+    with progress_bar(what, len(items), unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def _sources(plan: SamplePlan) -> list[str]:
+    return list(dict.fromkeys(method.split(":")[0] for method in plan.config.methods if method != "scratch"))
+
+
+def _scales(sampler: Sampler, source: str) -> list[Pool]:
+    """Candidates of a source as a method, and of a swept one at each scale."""
+    own = sampler.pool(source)
+    scales = [own] if source not in SWEPT or sampler.measure is None else [own, *sampler.sweep(source)]
+    return list({pool.scale: pool for pool in scales}.values())
+
+
+def _candidates(drawing: Drawing, source: str, pool: Pool) -> Iterator[dict[str, Any]]:
+    """A row for everything that was drawn."""
+    own = pool.scale == drawing.sampler.scale(source)
+    for index, audit in enumerate(drawing.auditor.rows(pool)):
+        yield {"source": source, "scale": pool.scale, "as_method": own, "index": index, **audit}
 
 
 def report(samples: Samples, made_by: str) -> None:

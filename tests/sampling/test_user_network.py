@@ -243,7 +243,8 @@ def test_the_dry_run_tells_the_network_and_the_recipe(store, model, sampled, tmp
     assert "statistics of 3 batch norms: estimated from 1258 training images" in printed
     samples = str(sampled / "samples" / "residual")
     config = FinetuningConfig(batch_size=50)
-    finetune_job.run(FinetuneJob(samples=samples, storage=str(tmp_path), finetuning=config), dry_run=True)
+    job = FinetuneJob(samples=samples, storage=str(tmp_path), finetuning=config, network=FUNCTION)
+    finetune_job.run(job, dry_run=True)
     printed = capsys.readouterr().out
     assert "network    user_networks:residual()" in printed
     assert "optimizer sgd (of the best anchor), constant learning rate 0.05 (of the best anchor)" in printed
@@ -253,7 +254,7 @@ def test_the_dry_run_tells_the_network_and_the_recipe(store, model, sampled, tmp
 def test_samples_are_trained_on(sampled, tmp_path, capsys):
     samples = str(sampled / "samples" / "residual")
     config = FinetuningConfig(epochs=1, table_epochs=[0, 1])
-    job = FinetuneJob(samples=samples, storage=str(tmp_path), finetuning=config, run_name="tuned")
+    job = FinetuneJob(samples=samples, storage=str(tmp_path), finetuning=config, run_name="tuned", network=FUNCTION)
     finetune_job.run(job, dry_run=False)
     assert "warning" not in capsys.readouterr().out
     results = finetune_job.read_results(tmp_path / "finetuning" / "tuned")
@@ -264,8 +265,10 @@ def test_samples_are_trained_on(sampled, tmp_path, capsys):
     assert means["scratch", 1] > means["scratch", 0] + 0.2 and means["anchors", 1] > means["scratch", 0]
 
 
-def test_another_function_may_build_them_and_one_that_does_not_fit_is_refused(sampled, tmp_path):
+def test_the_function_must_be_named_and_may_be_another_that_fits(sampled, tmp_path):
     job = {"samples": str(sampled / "samples" / "residual"), "storage": str(tmp_path)}
+    with pytest.raises(InputError, match=r"built by user_networks:residual, .* name it by --network user_networks:"):
+        finetune_job.plan_of(FinetuneJob(**job))
     assert finetune_job.plan_of(FinetuneJob(**job, network="user_networks:Residual")).network.path.endswith("Residual")
     with pytest.raises(InputError, match=r"stem.weight is \[12, 1, 3, 3\] in the network .* networks of .*residual"):
         finetune_job.plan_of(FinetuneJob(**job, network="user_networks:wider"))
@@ -275,7 +278,7 @@ def test_actors_on_ray_import_the_function_as_the_command_line_does(sampled, tmp
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "zoo")])
     command = [
         sys.executable, str(ROOT / "jobs" / "finetune.py"), "--samples", str(sampled / "samples" / "residual"),
-        "--storage", str(tmp_path), "--finetuning.epochs", "0", "--finetuning.table_epochs", "[0]",
+        "--network", FUNCTION, "--storage", str(tmp_path), "--finetuning.epochs", "0", "--finetuning.table_epochs", "[0]",
         "--finetuning.networks_at_once", "6", "--fan_out.actors", "2", "--fan_out.cpus", "0.5",
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
