@@ -332,8 +332,12 @@ class Ours:
 
     def __init__(self, setting: Setting, images: ImageData, actors: int) -> None:
         self.setting, self.codec, self.actors, self.elsewhere = setting, setting.codec(), actors, 0.0
-        context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(actors, context, _prepare_actor, (images,))
+        self.pool: ProcessPoolExecutor | None = None
+        if actors > 1:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(actors, context, _prepare_actor, (images,))
+        else:
+            _prepare_actor(images)
 
     def sample(self, count: int) -> Arrays:
         """Encodes the anchors, draws and decodes."""
@@ -343,13 +347,15 @@ class Ours:
     def evaluate(self, weights: Arrays, epochs: int) -> np.ndarray:
         """In stacks of equal size, a multiple of the actors of them."""
         pieces = pieces_of(weights, self.actors)
-        answers = list(self.pool.map(_evaluate, pieces, [epochs] * len(pieces)))
-        self.elsewhere += sum(seconds for _, seconds in answers)
+        answers = list((self.pool.map if self.pool else map)(_evaluate, pieces, [epochs] * len(pieces)))
+        if self.pool:
+            self.elsewhere += sum(seconds for _, seconds in answers)
         return np.concatenate([accuracies for accuracies, _ in answers])
 
     def close(self) -> None:
         """Ends the actors."""
-        self.pool.shutdown()
+        if self.pool:
+            self.pool.shutdown()
 
 
 def pieces_of(weights: Arrays, actors: int) -> list[Piece]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import sampling
@@ -17,10 +18,12 @@ CHECKOUT = sampling.ROOT.parent / "SANE"
 
 @pytest.fixture(scope="module")
 def sides():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     setting, images = sampling.Setting.made(), load_images("digits", seed=0)
     ours = sampling.Ours(setting, images, 1)
     yield ours, sampling.Plain(setting, images)
-    ours.close()
+    torch.set_num_threads(threads)
 
 
 def test_both_sides_draw_and_decode_the_same_networks(sides):
@@ -37,7 +40,17 @@ def test_both_sides_measure_the_same_accuracies(sides):
     assert ours.shape == (3, 3)
     assert len(np.unique(ours)) > 3
     np.testing.assert_allclose(ours, plain, atol=sampling.AGREEMENT)
-    assert sides[0].elsewhere > 0
+
+
+def test_actors_find_the_same_and_count_their_time():
+    setting, images = sampling.Setting.made(), load_images("digits", seed=0)
+    weights = {key: values[:4] for key, values in setting.stacked.items()}
+    several, one = sampling.Ours(setting, images, 2), sampling.Ours(setting, images, 1)
+    try:
+        np.testing.assert_array_equal(several.evaluate(weights, 1), one.evaluate(weights, 1))
+        assert several.elsewhere > 0
+    finally:
+        several.close()
 
 
 def test_training_is_measured_and_changes_nothing_before_it(sides):
