@@ -36,7 +36,7 @@ lint: $(INSTALLED)  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Measure: store I/O, alignment, preprocessing, a large model, the stream, the training step, embedding
+bench: $(INSTALLED)  ## Measure: store I/O, alignment, preprocessing, a large model, the stream, the training step, embedding, sampling
 	$(BIN)/python benchmarks/store_io.py
 	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/python benchmarks/published_preprocessing.py
@@ -44,6 +44,7 @@ bench: $(INSTALLED)  ## Measure: store I/O, alignment, preprocessing, a large mo
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/embedding.py
+	$(BIN)/python benchmarks/sampling.py
 
 clean:  ## Remove the environment and caches; results stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -39,7 +39,7 @@ import io
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,13 +182,17 @@ def missing_packages() -> list[str]:
     return [name for name in MISSING if "." not in name and importlib.util.find_spec(name) is None]
 
 
-def add_missing_modules() -> None:
-    """Puts modules of the same names in the place of packages that are not installed."""
-    missing = missing_packages()
-    for name in MISSING:
+def add_missing_modules(more: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Puts modules of the same names in the place of packages that are not installed.
+
+    Args:
+        more: what else is imported of them, or other content; as ``MISSING``.
+    """
+    wanted, missing = MISSING | dict(more or {}), missing_packages()
+    for name in wanted:
         if name.partition(".")[0] not in missing:
             importlib.import_module(name)  # before the others are put in place: it may look for them
-    for name, content in MISSING.items():
+    for name, content in wanted.items():
         parent, _, own = name.rpartition(".")
         if name.partition(".")[0] in missing:
             module = types.ModuleType(name)

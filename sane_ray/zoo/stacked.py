@@ -248,6 +248,7 @@ class _Evaluator:
     def __init__(self, stack: _Stack, images: ImageData) -> None:
         self.stack = stack
         self.rows = images.rows
+        self.labels_N = images.labels_N
         labels_N = torch.tensor(images.labels_N)
         self.count = len(labels_N)
         rows_N = torch.arange(_padded(self.count)) % self.count  # padded with the first images, left out of the means
@@ -262,15 +263,14 @@ class _Evaluator:
     @torch.no_grad()
     def evaluate(self) -> tuple[list[Metrics], np.ndarray]:
         """Each network's mean loss and accuracy on each split, without dropout; and logits, [M, images, classes]."""
-        losses, hits, answers = [], [], []
+        losses, answers = [], []
         for images_1CHWB, labels_MB in self.batches:
             logits_MKB = self.stack.forward(images_1CHWB, lambda x: x)
             losses.append(functional.cross_entropy(logits_MKB, labels_MB, reduction="none"))
-            hits.append(logits_MKB.argmax(1) == labels_MB)
             answers.append(logits_MKB)
         loss_MN = torch.cat(losses, 1)[:, : self.count].double().numpy()
-        hit_MN = torch.cat(hits, 1)[:, : self.count].numpy()
-        logits_MNK = torch.cat(answers, 2)[:, :, : self.count].mT.numpy()
+        logits_MNK = torch.cat(answers, 2)[:, :, : self.count].mT.contiguous().numpy()
+        hit_MN = logits_MNK.argmax(2) == self.labels_N  # torch takes several times as long
         return [self._means(loss_N, hit_N) for loss_N, hit_N in zip(loss_MN, hit_MN, strict=True)], logits_MNK
 
     def _means(self, loss_N: np.ndarray, hit_N: np.ndarray) -> Metrics:
@@ -311,7 +311,9 @@ class _Optimizer:
     def __init__(
         self, chosen: Sequence[bool], models: Sequence[Mapping[str, Any]], values_MS: Tensor, gradients_MS: Tensor
     ) -> None:
-        self.rows = torch.nonzero(torch.tensor(chosen)).flatten()
+        self.count = sum(chosen)
+        every = self.count == len(chosen)  # then rows are views: no copies are made
+        self.rows: Any = slice(None) if every else torch.nonzero(torch.tensor(chosen)).flatten()
         self.values_MS, self.gradients_MS = values_MS, gradients_MS
         mine = [params for params, yes in zip(models, chosen, strict=True) if yes]
         self.rate_M1 = torch.tensor([[float(params["optim::lr"])] for params in mine])
@@ -320,7 +322,7 @@ class _Optimizer:
 
     def step(self) -> None:
         """One step of every network; weight decay is added to the gradient, as ``torch.optim`` does for both rules."""
-        if not len(self.rows):
+        if not self.count:
             return
         self.steps += 1
         values = self.values_MS[self.rows]
@@ -336,7 +338,7 @@ class _Adam(_Optimizer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.mean = torch.zeros(len(self.rows), self.values_MS.shape[1])
+        self.mean = torch.zeros(self.count, self.values_MS.shape[1])
         self.square = torch.zeros_like(self.mean)
 
     def _change(self, gradients: Tensor) -> Tensor:
@@ -352,7 +354,7 @@ class _Sgd(_Optimizer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.momentum = torch.zeros(len(self.rows), self.values_MS.shape[1])
+        self.momentum = torch.zeros(self.count, self.values_MS.shape[1])
 
     def _change(self, gradients: Tensor) -> Tensor:
         self.momentum.mul_(SGD_MOMENTUM).add_(gradients)
