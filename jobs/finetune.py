@@ -14,7 +14,7 @@ EXAMPLES = """examples:
       networks of your own (jobs/sample.py --network), with another recipe than that of their zoo
   python jobs/finetune.py --samples SAMPLES --fan_out.actors 8 --fan_out.gpus 0.25
       networks of your own, on GPUs that four actors share
-  python jobs/finetune.py --samples SAMPLES --fan_out.actors 64 --fan_out.cpus 2
+  python jobs/finetune.py --samples SAMPLES --fan_out.actors 64
       on a cluster: as many actors as it has room for, 64 at most
 """
 

@@ -819,7 +819,8 @@ class FanOutConfig:
     """CPUs that an actor reserves."""
 
     gpus: float = 0.0
-    """GPUs that an actor reserves; a fraction such as 0.25 lets four share one."""
+    """GPUs that an actor reserves, for networks of `--network`; a fraction such as 0.25 lets four share one. Small
+    networks of our own architectures are trained many at once on a CPU."""
 
     timeout: float = 3600.0
     """Seconds that a piece of work may take before its actor is replaced; 0 is without limit."""
@@ -982,6 +983,7 @@ class SamplingConfig:
             rising = len(values) > 0 and values == sorted(set(values)) and values[0] > 0
             _check(rising, f"sampling.{name}", values, "must be positive and increasing")
         _check(self.fractions[-1] <= 1, "sampling.fractions", self.fractions, "must not be greater than 1")
+        _check(self.seed >= 0, "sampling.seed", self.seed, "must not be negative")
         _check(self.largest_weight > 0, "sampling.largest_weight", self.largest_weight, "must be positive")
         _check(self.window >= 0, "sampling.window", self.window, "must not be negative")
         _check(self.halo >= 0, "sampling.halo", self.halo, "must not be negative")
@@ -995,7 +997,7 @@ class SampleJob:
     """Trained model: its folder, or that of the run that made it."""
 
     store: str = ""
-    """Token store of the networks to draw from; empty is the one that the model was trained on."""
+    """Token store of the networks to draw from, such as the one that the model was trained on."""
 
     images: str = ""
     """Images that the new networks are for: `digits`, `mnist5k`, or a path to .npz or .parquet; empty is those of the

@@ -213,7 +213,7 @@ def room(bundle: Mapping[str, float], what: str) -> int:
     most = " and ".join(f"{max((node.get(kind, 0.0) for node in nodes), default=0.0):g} {kind}s" for kind in bundle)
     raise InputError(
         f"{what} needs {asked} of one node, but the nodes of the cluster have at most {most}{_grown(limits)}: "
-        "lower num_cpus or num_gpus, or add such a node"
+        "ask for fewer, or add such a node"
     )
 
 

@@ -99,7 +99,8 @@ def execute(
     from sane_ray.preflight import room
 
     _check(actors=actors, num_cpus=num_cpus, num_gpus=num_gpus, timeout=timeout, retries=retries)
-    size = actors or room({"CPU": num_cpus, "GPU": num_gpus}, "an actor")
+    places = room({"CPU": num_cpus, "GPU": num_gpus}, "an actor")
+    size = actors or places
     if total is None and isinstance(items, Sized):
         total = len(items)
     if total is not None:

@@ -47,7 +47,7 @@ def draw_samples(rows: Sequence[Row], candidates: Sequence[Row], index: Row, fol
     kept = [{**row, "accuracy": row["test_acc"], "scale": None} for row in rows if ":" in row["method"]]
     pictures = plot_novelty(swept + kept, folder / "novelty", 1 / index["images"]["classes"])
     if any(row["wrong_agreement"] is not None for row in rows):
-        pictures += plot_behavior(rows, folder / "behavior", index["reference"]["agreement"])
+        pictures += plot_behavior(rows, folder / "behavior", (index["reference"] or {}).get("agreement"))
     return pictures
 
 
@@ -93,13 +93,17 @@ def _made(index: Row) -> list[Any]:
     settings = [f"{name}: {value}" for name, value in index["settings"]["settings"].items()]
     return [
         Text(
-            f"Bandwidth {index['bandwidth']:.4g} in embeddings; noise {index['noise']:.3g} of a layer's spread; "
+            f"Bandwidth {_number(index['bandwidth'])} in embeddings; noise {_number(index['noise'])} of layer spread; "
             f"distance of two training runs {_unit(index)}. {index['compute']['seconds']:,.0f} seconds."
         ),
         Folded("Anchors", [Items(index["anchors"]["ids"])]),
         Folded("Recipe", [Text(recipe)]),
         Folded("Settings", [Code("\n".join(settings))]),
     ]
+
+
+def _number(value: float | None) -> str:
+    return "unused" if value is None else f"{value:.3g}"
 
 
 def _unit(index: Row) -> str:
@@ -119,10 +123,11 @@ def draw_finetuning(history: Sequence[Row], samples: Sequence[Row], folder: Path
     """
     pictures = plot_curves([{**row, "accuracy": row["test_acc"]} for row in history], folder / "curves")
     novelty = {(row["method"], row["repetition"]): row["novelty"] for row in samples}
+    early_epoch = min(1, max(row["epoch"] for row in history))
     early = [
         {**row, "novelty": novelty[row["method"], row["repetition"]], "accuracy": row["test_acc"]}
         for row in history
-        if row["epoch"] == min(1, max(row["epoch"] for row in history))
+        if row["epoch"] == early_epoch
     ]
     return pictures + plot_novelty([row for row in early if row["novelty"] is not None], folder / "early")
 
@@ -166,14 +171,3 @@ def _ensemble_table(rows: Sequence[Row]) -> Table:
         )
     caption = "all networks of a method together, in %: by the mean of logits / of probabilities"
     return Table(["method", *(f"epoch {epoch}" for epoch in epochs)], lines, caption)
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """``epoch_table`` for a README."""
-    table = epoch_table(rows)
-    lines = [
-        list(map(str, table.columns)),
-        ["---"] * len(table.columns),
-        *(list(map(str, line)) for line in table.rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -6,6 +6,7 @@ test split, never draws, never imports Ray.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ def choose(store: TokenStore, config: SamplingConfig) -> Anchors:
         ordinals = _named(store, config.checkpoints)
         _check_one_kind(store, ordinals)
         words = f"{len(ordinals)} named checkpoints"
+        outside = len(set(ordinals) - set(_training(store)))
+        words += f", {outside} of them not of the training split" if outside else ""
     else:
         ordinals, words = _best(store, config)
     alike = (group.checkpoints for group in groups_of(store, [*_training(store), ordinals[0]]))
@@ -150,14 +153,26 @@ def _best(store: TokenStore, config: SamplingConfig) -> tuple[list[int], str]:
         candidates = _last(store, candidates)
     if config.where:
         candidates = _where(store, candidates, config.where)
+    _check_no_test(config)
     goodness = _goodness(store, candidates, config.best_by)
     group = _best_kind(store, candidates, goodness)
     members = sorted(group.checkpoints, key=lambda ordinal: -goodness[ordinal])
     wanted = len(members) if config.anchors == "all" else max(2, round(config.best_fraction * len(members)))
     chosen = members[:wanted]
     words = f"{len(chosen)} of {len(members)} training networks of {_kind(group.params, group.architecture)}"
-    words += f", {config.anchors} by {config.best_by} ({goodness[chosen[0]]:.3f} to {goodness[chosen[-1]]:.3f})"
+    first, last = (abs(goodness[chosen[place]]) for place in (0, -1))
+    words += f", {config.anchors} by {config.best_by} ({first:.3f} to {last:.3f})"
     return chosen, words
+
+
+def _check_no_test(config: SamplingConfig) -> None:
+    """Raises ``InputError`` if test images would choose the anchors."""
+    for name, value in (("best_by", config.best_by), ("where", config.where)):
+        if re.search(r"\btest_|\bggap\b", value):
+            raise InputError(
+                f"config field sampling.{name} is {value!r}: test images must decide nothing; take those of validation "
+                "or training, such as val_acc"
+            )
 
 
 def _last(store: TokenStore, ordinals: Sequence[int]) -> list[int]:
@@ -214,7 +229,7 @@ def _goodness(store: TokenStore, ordinals: Sequence[int], name: str) -> dict[int
 
 
 def _best_kind(store: TokenStore, ordinals: Sequence[int], goodness: Mapping[int, float]) -> Any:
-    """The kind of networks whose better half is best: networks of several kinds cannot be mixed."""
+    """The kind of networks whose best third is best: networks of several kinds cannot be mixed."""
     groups = groups_of(store, [ordinal for ordinal in ordinals if ordinal in goodness])
 
     def score(group: Any) -> float:

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sane_ray.errors import InputError
+from sane_ray.finetuning.statistics import difference
 from sane_ray.properties.evaluation import percentile_interval
 from sane_ray.tokens.alignment import Cost, Matcher
 from sane_ray.tokens.symmetry import Symmetry, permute
@@ -377,16 +378,16 @@ def compare_at_equal_novelty(method: Points, baseline: Points, *, draws: int = D
     return _judge(middle, float(accuracy_n.mean()) - _on_curve(curve_2S[0], curve_2S[1], middle), mean_D - expected_D)
 
 
-def compare_accuracy(method: Points, other: Points, *, draws: int = DRAWS, seed: int = 0) -> Comparison:
+def compare_accuracy(method: Points, other: Points) -> Comparison:
     """Mean accuracy of a method less that of other models, such as its anchors, whatever their novelty."""
     mine_n, theirs_n = (points.accuracy_n[np.isfinite(points.accuracy_n)] for points in (method, other))
     middle = _quantile(method.novelty_n, 0.5)
     for count in (len(mine_n), len(theirs_n)):
         if count < LEAST_MODELS:
             return Comparison("not comparable", middle, reason=_too_few(count))
-    rng = np.random.default_rng(seed)
-    draws_D = _resample(mine_n, draws, rng).mean(axis=1) - _resample(theirs_n, draws, rng).mean(axis=1)
-    return _judge(middle, float(mine_n.mean() - theirs_n.mean()), draws_D)
+    gap, low, high = difference(mine_n, theirs_n)
+    found: Verdict = "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
+    return Comparison(found, middle, gap, low, high)
 
 
 def interval(
@@ -440,9 +441,9 @@ def verdict(
     sentences = [f"{method}: {kind} ({count} models).", *sentences]
     for name, baseline in baselines.items():
         found = compare_at_equal_novelty(models, baseline, draws=draws, seed=seed)
-        sentences.append(_sentence(found, name, f" at novelty {found.novelty:.2f}"))
+        sentences.append(said_of(found, name, f" at novelty {found.novelty:.2f}"))
     if anchors is not None:
-        sentences.append(_sentence(compare_accuracy(models, anchors, draws=draws, seed=seed), "its anchors"))
+        sentences.append(said_of(compare_accuracy(models, anchors), "its anchors"))
     return sentences + left_out
 
 
@@ -614,7 +615,8 @@ def _errors_sentence(agreement: tuple[float, float, float], bound: float) -> tup
     return [side], [f"{text}, the {100 * REPLICA_QUANTILE:.0f} % quantile among training runs."]
 
 
-def _sentence(found: Comparison, name: str, where: str = "") -> str:
+def said_of(found: Comparison, name: str, where: str = "") -> str:
+    """A comparison in words."""
     if found.verdict == "not comparable":
         return f"Not comparable with {name}{where}: {found.reason}."
     how = {"ahead": "Ahead of", "behind": "Behind", "not told apart": "Not told apart from"}[found.verdict]

@@ -16,15 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sane_ray.sampling.audit import (
+    LEAST_MODELS,
     Points,
     Reference,
     aligned_distances,
+    compare_accuracy,
+    said_of,
     verdict,
     weight_distances,
     wrong_agreement,
 )
 from sane_ray.sampling.generation import Codec
-from sane_ray.sampling.methods import Pool
+from sane_ray.sampling.methods import Pool, is_of_sane
 from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tokens.tokenizer import detokenize, tokenize
 
@@ -47,6 +50,7 @@ class Training:
     ids: Sequence[str]
     runs: Sequence[str]
     """The trained network that each is a checkpoint of."""
+    epochs: Sequence[int]
     predictions_MI: NDArray[np.int16] | None
     """Their answers to the test images; None where they do not answer them."""
     labels_I: NDArray[np.int64] | None
@@ -59,7 +63,7 @@ class Auditor:
     Args:
         codec: of their architecture.
         training: what they may be copies of.
-        symmetry: of the architecture; a trivial one where channels are not to be matched.
+        symmetry: of the architecture; where it is trivial, channels are not matched.
     """
 
     def __init__(self, codec: Codec, training: Training, symmetry: Symmetry) -> None:
@@ -97,18 +101,47 @@ class Auditor:
             for name in BASELINES
             if any(row["source"] == name for row in candidates)
         }
+        said = list(self._said_first(candidates, bool(baselines)))
         anchors = [row for row in candidates if row["source"] == "anchors"]
         of_anchors = points_of(anchors) if anchors else None
-        said = []
         for source in dict.fromkeys(row["source"] for row in candidates if is_of_sane(row["source"])):
             mine = [row for row in candidates if row["source"] == source and row["as_method"]]
             said.append(verdict(source, points_of(mine), self.reference, baselines, of_anchors))
         for method in dict.fromkeys(
-            row["method"] for row in rows if is_of_sane(row["method"]) and ":" in row["method"]
+            row["method"] for row in rows if ":" in row["method"] and is_of_sane(row["method"])
         ):
-            mine = [row for row in rows if row["method"] == method]
-            said.append(verdict(method, points_of(mine), self.reference, {}, of_anchors))
+            said.append(self._selected(method, rows))
         return said
+
+    def _said_first(self, candidates: Sequence[Mapping[str, Any]], with_baselines: bool) -> Iterator[list[str]]:
+        """What all that follows rests on."""
+        reconstructed = [row["novelty"] for row in candidates if row["source"] == "reconstruction"]
+        if reconstructed:
+            yield [
+                f"Encoding and decoding alone brings anchors to novelty {np.median(reconstructed):.2f}: so much of the "
+                "novelty of what is drawn from embeddings is error of the autoencoder."
+            ]
+        if not with_baselines:
+            yield ["Nothing is said of noise, interpolation and averages: no such method was asked for."]
+        if self._symmetry.is_trivial:
+            yield ["Channels were not matched, as no symmetry of the architecture is known: copies may look new."]
+
+    def _selected(self, method: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Of the kept networks of a method: against those that were selected in the same way, and the anchors."""
+        assert self.reference is not None
+
+        def points(name: str) -> Points:
+            return points_of([row for row in rows if row["method"] == name])
+
+        sentences = verdict(method, points(method), self.reference, {})
+        selection = method.partition(":")[2]
+        for rival in dict.fromkeys(row["method"] for row in rows):
+            alike = rival == "anchors" or (rival.endswith(f":{selection}") and not is_of_sane(rival))
+            if alike and len(points(method).known) >= LEAST_MODELS:
+                novelty = float(np.nanmedian(points(rival).novelty_n))
+                found = compare_accuracy(points(method), points(rival))
+                sentences.append(said_of(found, f"{rival} (novelty {novelty:.2f})"))
+        return sentences
 
     def _distances(
         self, tokens_RNT: Tensor, runs_R: Sequence[str] | None = None
@@ -141,11 +174,17 @@ class Auditor:
         return wrong_agreement(pool.measured.predictions_RI, training.predictions_MI, training.labels_I)[0]
 
     def _reference(self) -> Reference | None:
-        """How near training networks of different runs are; None where there is one run."""
+        """How near the last checkpoints of training runs are to any of another run; None where there is one run.
+
+        Untrained networks do not count: those that answer one class to everything err alike.
+        """
         training = self._training
         if len(set(training.runs)) < 2:
             return None
-        chosen = np.sort(np.random.default_rng(0).permutation(len(training.runs))[:MOST_TRAINING])
+        last: dict[str, int] = {}
+        for place in np.argsort(training.epochs, kind="stable").tolist():
+            last[training.runs[place]] = place
+        chosen = np.sort(np.random.default_rng(0).permutation(sorted(last.values()))[:MOST_TRAINING])
         runs = [training.runs[place] for place in chosen]
         distances, _ = self._distances(self._tokens_MNT[torch.from_numpy(chosen)], runs)
         agreements = np.full(len(chosen), np.nan)
@@ -166,11 +205,6 @@ class _States(Sequence[Mapping[str, Tensor]]):
 
     def __getitem__(self, index: Any) -> Any:
         return detokenize(self._tokens_RNT[index], self._table)
-
-
-def is_of_sane(method: str) -> bool:
-    """Whether a method draws in the embeddings of SANE."""
-    return method.startswith("sane_")
 
 
 def points_of(rows: Sequence[Mapping[str, Any]], *, swept: bool = False) -> Points:

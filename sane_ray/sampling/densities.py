@@ -130,18 +130,27 @@ def gaussian(anchors_KNX: Tensor, count: int, seed: int, scale: float) -> Draws:
     Drawn from its square root, (1 - d) S + d m I with S of rank K - 1, so that no matrix of N X by N X is made.
     ``scale`` multiplies the deviation from the mean.
     """
-    from sklearn.covariance import ledoit_wolf_shrinkage
-
     rng = _generator(seed)
     mean_1Y = anchors_KNX.flatten(1).mean(0, keepdim=True)
     centred_KY = anchors_KNX.flatten(1) - mean_1Y
     if len(centred_KY) == 1:
         return anchors_themselves(anchors_KNX, count, seed, scale)
-    shrinkage = min(max(float(ledoit_wolf_shrinkage(centred_KY.numpy(), assume_centered=True)), 0.0), 1.0)
+    shrinkage = _ledoit_wolf(centred_KY)
     within_RY = torch.randn(count, len(centred_KY), generator=rng) @ centred_KY / len(centred_KY) ** 0.5
     around_RY = torch.randn(count, centred_KY.shape[1], generator=rng) * centred_KY.square().mean().sqrt()
     drawn_RY = (1 - shrinkage) ** 0.5 * within_RY + shrinkage**0.5 * around_RY
     return Draws((mean_1Y + scale * drawn_RY).unflatten(1, anchors_KNX.shape[1:]), [[] for _ in range(count)])
+
+
+def _ledoit_wolf(centred_KY: Tensor) -> float:
+    """The shrinkage of Ledoit and Wolf (2004), from the products of the samples alone, whatever their length."""
+    samples, length = centred_KY.shape
+    gram_KK = centred_KY.double() @ centred_KY.double().T
+    mean = float(gram_KK.trace()) / (samples * length)
+    square = float(gram_KK.square().sum()) / samples**2
+    spread_of_all = square / length - mean**2
+    spread_of_samples = (float(gram_KK.diagonal().square().sum()) / samples - square) / (samples * length)
+    return 0.0 if spread_of_all <= 0 else min(max(spread_of_samples / spread_of_all, 0.0), 1.0)
 
 
 def mixture(anchors_KNX: Tensor, count: int, seed: int, scale: float) -> Draws:

@@ -23,6 +23,9 @@ from torch import Tensor
 from sane_ray.errors import InputError
 
 INDEX_FILE, ROWS_FILE, CANDIDATES_FILE = "samples.json", "samples.parquet", "candidates.parquet"
+IDENTITY_FILE = ".identity"
+"""Digest of the run that the folder was begun by."""
+
 NETWORKS_FOLDER, MEASURED_FOLDER = "networks", "measured"
 FORMAT, VERSION = "sane_ray.samples", 1
 
@@ -100,6 +103,11 @@ def check_output(folder: Path, digest: str) -> bool:
         InputError: it holds others, or something else.
     """
     index = read_index(folder)
+    begun = folder / IDENTITY_FILE
+    if index is None and begun.is_file() and begun.read_text(encoding="utf-8").strip() != digest:
+        raise InputError(
+            f"{folder} holds unfinished samples with other settings: name another --output or --run-name, or delete it"
+        )
     if index is not None:
         if index["identity"] == digest:
             return True
@@ -112,6 +120,12 @@ def check_output(folder: Path, digest: str) -> bool:
     if others:
         raise InputError(f"{folder} holds other files ({', '.join(others[:3])}): name a new folder for the samples")
     return False
+
+
+def write_identity(folder: Path, digest: str) -> None:
+    """Says whose the folder is before anything else is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / IDENTITY_FILE).write_text(f"{digest}\n", encoding="utf-8")
 
 
 def network_file(method: str, repetition: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from sane_ray.finetuning.evaluation import METRICS, Piece
 from sane_ray.finetuning.measuring import Measuring, succeeded
 from sane_ray.finetuning.modules import BATCH_NORM
 from sane_ray.report.generated import draw_samples, write_sampling_report
-from sane_ray.sampling.anchors import aligned
+from sane_ray.sampling.anchors import Anchors, aligned
 from sane_ray.sampling.auditing import Auditor, Training
 from sane_ray.sampling.files import (
     CANDIDATES_FILE,
@@ -31,23 +32,23 @@ from sane_ray.sampling.files import (
     Samples,
     check_output,
     network_file,
+    write_identity,
     write_index,
     write_network,
     write_rows,
 )
 from sane_ray.sampling.finishing import finished, fitted
 from sane_ray.sampling.generation import Codec, Weights, state_dict
-from sane_ray.sampling.methods import SWEPT, Measured, Pool, Sampler
+from sane_ray.sampling.methods import SOURCES, SWEPT, Measured, Pool, Sampler
 from sane_ray.sampling.plan import SamplePlan, describe, plan_of
 from sane_ray.shell import command, this_command
 from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.tokens.store.text_table import table
-from sane_ray.tokens.symmetry import Symmetry
 from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
 from sane_ray.zoo.architectures import from_params
 
-NO_SYMMETRY = Symmetry({}, {})
-"""Of networks whose channels are not to be matched."""
+MOST_BYTES = 1e9
+"""Of the weights of training networks that samples are compared with; of more, so many at random."""
 
 Item = TypeVar("Item")
 
@@ -55,6 +56,8 @@ EXPERIMENT = "sane_ray sampling"
 """Name of the MLflow experiment."""
 
 PICTURES, REPORT_FILE, LOGGED_FILE = "plots", "report.html", ".logged"
+
+_LOG = logging.getLogger(__name__)
 
 _TOGETHER = 16
 """Networks that are measured side by side."""
@@ -94,9 +97,9 @@ def sample(plan: SamplePlan, config: SampleJob) -> None:
     """Draws, selects, audits and writes."""
     start = time.monotonic()
     plan.output.mkdir(parents=True, exist_ok=True)
-    drawing = Drawing.begun(plan)
+    write_identity(plan.output, plan.digest)
     if plan.images is None:
-        _write(drawing, None, start)
+        _write(Drawing.begun(plan), None, start)
         return
     folder, network = plan.output / MEASURED_FOLDER, plan.network
     with Measuring(plan.images, 0, [0], folder, config.fan_out, "measure", network=network) as measuring:
@@ -118,10 +121,10 @@ class Drawing:
         """Reads the training networks, aligns, embeds and measures them."""
         anchors, settings = plan.anchors, plan.config
         codec = Codec(SANE.from_pretrained(plan.model), anchors.architecture, settings)
-        ordinals = [*anchors.ordinals, *anchors.others]
+        ordinals = [*anchors.ordinals, *_in_memory(anchors)]
         raw = anchors.networks(ordinals)
-        symmetry = anchors.architecture.symmetry if settings.align else NO_SYMMETRY
-        training = raw if anchors.are_aligned else aligned(raw, symmetry, raw[0])
+        symmetry = anchors.architecture.symmetry
+        training = raw if anchors.are_aligned or not settings.align else aligned(raw, symmetry, raw[0])
         measure = None if measuring is None else Measure(plan, measuring)
         predictions = labels = None
         if measuring is not None and plan.target is None:
@@ -129,7 +132,9 @@ class Drawing:
             found = measured(measuring, fitted(plan, stacked), plan)
             predictions, labels = found.predictions_RI, measuring.images.split("test")[1]
         ids = [str(name) for name in anchors.store.models["id"].take(ordinals).to_pylist()]
-        auditor = Auditor(codec, Training(training, ids, anchors.runs(ordinals), predictions, labels), symmetry)
+        epochs = [epoch or 0 for epoch in anchors.store.models["epoch"].take(ordinals).to_pylist()]
+        others = Training(training, ids, anchors.runs(ordinals), epochs, predictions, labels)
+        auditor = Auditor(codec, others, symmetry)
         return cls(plan, codec, Sampler(codec, training[: len(anchors.ordinals)], measure, settings), auditor)
 
 
@@ -179,7 +184,7 @@ def _write(drawing: Drawing, measuring: Measuring | None, start: float) -> None:
     candidates = [row for source, pool in _told("audit", pools, "set") for row in _candidates(drawing, source, pool)]
     write_rows(plan.output, ROWS_FILE, rows)
     write_rows(plan.output, CANDIDATES_FILE, candidates)
-    measurable = measuring is not None
+    used = {SOURCES[source].scale for source in _sources(plan)}
     content = {
         "identity": plan.digest,
         "name": plan.name,
@@ -190,14 +195,25 @@ def _write(drawing: Drawing, measuring: Measuring | None, start: float) -> None:
         "anchors": {"words": plan.anchors.words, "ids": plan.anchors.ids},
         "recipe": plan.recipe,
         "network": plan.network.path if plan.network is not None else "",
-        "bandwidth": sampler.bandwidth,
-        "noise": sampler.as_far_as("sane_kde"),
+        "bandwidth": sampler.scale("sane_kde") if "bandwidth" in used else None,
+        "noise": sampler.scale("noise") if "matched" in used else None,
+        "warnings": plan.warnings,
         "exploded": exploded,
         "reference": _reference(auditor),
-        "verdict": auditor.verdict(rows, candidates) if measurable else [],
+        "verdict": auditor.verdict(rows, candidates) if measuring is not None else [],
         "compute": {"seconds": time.monotonic() - start, "cores": torch.get_num_threads()},
     }
     write_index(plan.output, content)
+
+
+def _in_memory(anchors: Anchors) -> list[int]:
+    """Training networks besides the anchors that samples are compared with: all, unless that takes too much memory."""
+    table = anchors.architecture.table
+    most = max(1, int(MOST_BYTES / (4 * table.num_tokens * table.token_size)))
+    if len(anchors.others) <= most:
+        return anchors.others
+    _LOG.warning("samples are compared with %d of %d other training networks, at random", most, len(anchors.others))
+    return sorted(np.random.default_rng(0).permutation(anchors.others)[:most].tolist())
 
 
 def _reference(auditor: Auditor) -> dict[str, float | None] | None:
@@ -306,7 +322,7 @@ def log(samples: Samples, tracker: Tracker) -> None:
 def ending(samples: Samples, storage: Path) -> str:
     """The table, the verdict, where the samples are and what to do next."""
     lines = [["method", "networks", "val", "test", "novelty", "wrong alike", "exploded"]]
-    for method in dict.fromkeys(row["method"] for row in samples.rows):
+    for method in samples.index["settings"]["settings"]["methods"]:
         rows = samples.of_method(method)
         cells = [_mean(rows, name, factor) for name, factor in _COLUMNS.items()]
         lines.append([method, str(len(rows)), *cells, str(samples.index["exploded"].get(method, 0) or "")])
@@ -317,6 +333,7 @@ def ending(samples: Samples, storage: Path) -> str:
             *table(lines),
             "",
             *(" ".join(_short(sentences)) for sentences in samples.index["verdict"]),
+            *(f"warning: {warning}" for warning in samples.index["warnings"]),
             f"report   {samples.path / REPORT_FILE}",
             f"MLflow   {ui_command(default_uri(storage))}",
             f"samples  {samples.path}: {len(samples.rows)} networks (safetensors); next: {next_command}",

@@ -62,6 +62,13 @@ SOURCES: dict[str, Source] = {
 }
 """By name; ``scratch`` has none: those networks begin as their params initialise them."""
 
+
+def is_of_sane(method: str) -> bool:
+    """Whether the networks of a method, such as ``sane_kde:best``, were decoded from embeddings."""
+    source = SOURCES.get(method.partition(":")[0])
+    return source is not None and source.space == "embeddings"
+
+
 SWEPT = {
     "sane_kde": "bandwidths",
     "sane_kde_published": "bandwidths",
@@ -170,14 +177,15 @@ class Sampler:
         """
         if self.config.bandwidth:
             return self.config.bandwidth
-        pools = [self.pool("sane_kde", bandwidth) for bandwidth in self.bandwidths]
-        scores = [pool.measured.val_acc for pool in pools if pool.measured is not None and len(pool) > 1]
-        if len(scores) < len(pools):
+        if self.measure is None:
             return self.bandwidths[0]
-        means = [float(score.mean()) for score in scores]
-        best = int(np.argmax(means))
-        least = means[best] - float(scores[best].std(ddof=1)) / len(scores[best]) ** 0.5
-        return max(bandwidth for bandwidth, mean in zip(self.bandwidths, means, strict=True) if mean >= least)
+        pools = {bandwidth: self.pool("sane_kde", bandwidth) for bandwidth in self.bandwidths}
+        scores = {b: pool.measured.val_acc for b, pool in pools.items() if pool.measured is not None and len(pool) > 1}
+        if not scores:
+            return self.bandwidths[0]
+        best = max(scores.values(), key=lambda score: float(score.mean()))
+        least = float(best.mean()) - float(best.std(ddof=1)) / len(best) ** 0.5
+        return max(bandwidth for bandwidth, score in scores.items() if float(score.mean()) >= least)
 
     def as_far_as(self, source: str) -> float:
         """Noise that brings networks as far from their anchors as another source does, in the mean."""
@@ -216,7 +224,7 @@ class Sampler:
         if (source, scale) not in self._pools:
             count = self.config.candidates
             if source in ("anchors", "reconstruction"):
-                count = max(len(self.tokens_KNT), self.config.repetitions)
+                count = len(self.tokens_KNT)
             self._pools[source, scale] = self._drawn(source, self._anchors(source), count, self._seed(source), scale)
         return self._pools[source, scale]
 

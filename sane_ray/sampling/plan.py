@@ -25,7 +25,7 @@ from sane_ray.sampling.anchors import Anchors, choose
 from sane_ray.sampling.batch_norm import IMAGES
 from sane_ray.sampling.targets import Target
 from sane_ray.tokens.store import TokenStore
-from sane_ray.tokens.store.reading import json_digest
+from sane_ray.tokens.store.reading import json_digest, settings_of
 from sane_ray.zoo.architectures import architecture_for, described, from_params, image_shape_of, parameter_shapes
 from sane_ray.zoo.images import ImageData, load_images
 from sane_ray.zoo.user_network import UserNetwork, check_same
@@ -60,6 +60,9 @@ class SamplePlan:
     rest: dict[str, Tensor] = field(default_factory=dict)
     """Entries of that network's state dict that never were tokens, as it has them when it is built."""
 
+    warnings: list[str] = field(default_factory=list)
+    """What makes the results doubtful."""
+
     @property
     def digest(self) -> str:
         """Of the identity, 8 hex digits."""
@@ -80,7 +83,9 @@ def plan_of(job: SampleJob) -> SamplePlan:
     model_path = model_folder(local_path(job.model, "model"))
     store = TokenStore.open(local_path(job.store, "store"))
     anchors = choose(store, job.sampling)
-    Preprocessing(SANE.from_pretrained(model_path)).of_store(anchors.architecture)
+    preprocessing, settings = Preprocessing(SANE.from_pretrained(model_path)), settings_of(store)
+    preprocessing.of_store(anchors.architecture, settings)
+    _check_drawable(job.sampling, anchors)
     images, why = _images_of_network(job, anchors.params) if job.network else _images(job, anchors.params)
     _check_measurable(job.sampling, why)
     recipe = _recipe(job, anchors, images)
@@ -106,9 +111,54 @@ def plan_of(job: SampleJob) -> SamplePlan:
     output = local_path(job.output, "output") if job.output else storage / "samples" / name
     named = job.images if job.images.endswith((".npz", ".parquet")) else ""
     path = str(Path(named).expanduser().absolute()) if named else ""
+    warnings = [*preprocessing.warnings_of(settings.get("align", "none")), *_doubts(job, anchors)]
+    _check_bandwidth(job.sampling, anchors, images)
     return SamplePlan(
-        model_path, anchors, images, path, why, recipe, target, output, name, job.sampling, identity, network, rest
-    )
+        model_path, anchors, images, path, why, recipe, target, output, name, job.sampling, identity, network, rest,
+        warnings,
+    )  # fmt: skip
+
+
+def _check_drawable(config: SamplingConfig, anchors: Anchors) -> None:
+    """Raises ``InputError`` if densities cannot be fitted to these anchors."""
+    mode = anchors.architecture.normalization.mode
+    if mode != "standardize":
+        raise InputError(
+            f"{anchors.store.path} has {mode} normalisation, but noise and distances are in units of each layer's "
+            "spread: sample from a store that was prepared with --tokens.normalization standardize"
+        )
+    several = [method for method in config.methods if method.split(":")[0] in _OF_SEVERAL]
+    if len(anchors.ordinals) == 1 and several:
+        raise InputError(
+            f"config field sampling.methods has {several[0]!r}, which needs several anchors, and there is one: choose "
+            "more anchors, or other methods"
+        )
+    if len(anchors.ordinals) == 1 and not config.bandwidth and any("kde" in method for method in config.methods):
+        raise InputError("config field sampling.bandwidth is 0, and one anchor has no spread to choose it by: set it")
+
+
+_OF_SEVERAL = ("sane_gaussian", "sane_mixture", "sane_interpolation", "average", "interpolation")
+
+
+def _check_bandwidth(config: SamplingConfig, anchors: Anchors, images: ImageData | None) -> None:
+    """Raises ``InputError`` if validation images are to choose the bandwidth, and cannot."""
+    needed = any(method.split(":")[0] in ("sane_kde", "sane_kde_token", "noise") for method in config.methods)
+    classes = anchors.params.get("model::o_dim", images.classes if images is not None else 0)
+    if needed and not config.bandwidth and images is not None and int(classes) != images.classes:
+        raise InputError(
+            f"the last layer begins anew for {images.classes} classes, so that validation images cannot choose the "
+            "bandwidth: set --sampling.bandwidth, such as what a run on the anchors' own images chose"
+        )
+
+
+def _doubts(job: SampleJob, anchors: Anchors) -> list[str]:
+    """What makes the measures doubtful."""
+    if "dataset::seed" in anchors.params or not job.images:
+        return []
+    return [
+        "the store does not say how its networks' images were split: if --images are theirs, validation and test ones "
+        "are among those that the anchors were trained on, and only scratch is measured fairly"
+    ]
 
 
 def _images_of_network(job: SampleJob, params: Mapping[str, Any]) -> tuple[ImageData, str]:
@@ -250,6 +300,7 @@ def describe(plan: SamplePlan) -> str:
     ]
     if plan.target is not None:
         lines[4:4] = [f"target     {line}" for line in plan.target.describe()]
+    lines += [f"warning    {warning}" for warning in plan.warnings]
     return "\n".join(lines)
 
 

@@ -3,25 +3,24 @@ import pytest
 
 from sane_ray.finetuning.evaluation import METRICS, Histories
 from sane_ray.finetuning.results import (
-    FEWEST,
     Method,
-    difference,
     diverged,
-    interval_of_mean,
     methods_of,
     rows_of,
     table_of,
     verdict,
 )
+from sane_ray.finetuning.statistics import FEWEST, difference, interval_of_mean
 
-TEST = METRICS.index("test_acc")
+TEST, VAL = METRICS.index("test_acc"), METRICS.index("val_acc")
 
 
-def method(name, accuracy_RE, logits_RTIC=None):
+def method(name, accuracy_RE, logits_RTIC=None, validation_RE=None):
     accuracy_RE = np.asarray(accuracy_RE, dtype=float)
     networks, epochs = accuracy_RE.shape
     metrics = np.zeros((networks, epochs, len(METRICS)))
     metrics[:, :, TEST] = accuracy_RE
+    metrics[:, :, VAL] = accuracy_RE if validation_RE is None else validation_RE
     if logits_RTIC is None:
         logits_RTIC = np.zeros((networks, epochs, 2, 3), np.float16)
     return Method(name, list(range(networks)), metrics, logits_RTIC)
@@ -58,7 +57,7 @@ def test_the_table_by_hand():
     assert (first["epoch"], last["epoch"], first["networks"]) == (0, 2, 2)
     assert (first["mean"], first["std"]) == (pytest.approx(0.2), pytest.approx(0.1))
     assert (last["mean"], last["std"]) == (pytest.approx(0.7), pytest.approx(0.2))
-    assert (first["low"], first["high"]) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert (first["low"], first["high"]) == (0, 1)  # two networks tell next to nothing
     assert first["ensemble_logits"] == first["ensemble_probabilities"] == 0.5
     # logits: mean [4.5, 1, 0], class 0. Probabilities of class 0: (1.0 + 0.11) / 2, of class 1: (0.0 + 0.79) / 2.
     assert last["ensemble_logits"] == last["ensemble_probabilities"] == 0.5
@@ -72,10 +71,31 @@ def test_intervals():
         pytest.approx(values.mean() - error, abs=2e-3),
         pytest.approx(values.mean() + error, abs=2e-3),
     )
-    assert interval_of_mean(np.array([0.4])) == (0.4, 0.4)
+    assert np.isnan(interval_of_mean(np.array([0.4]))).all()
+    assert interval_of_mean(np.array([0.4, 0.4])) == (0.4, 0.4)
     gap, low, high = difference(values + 0.2, values)
     assert gap == pytest.approx(0.2)
     assert (high - low) / 2 == pytest.approx(error * 2**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("networks", [5, 10])
+def test_of_few_networks_intervals_miss_as_often_as_they_say(networks):
+    rng, means, gaps = np.random.default_rng(0), 0, 0
+    for _ in range(2000):
+        first, second = rng.normal(size=(2, networks))
+        low, high = interval_of_mean(first)
+        means += not low <= 0 <= high
+        _, low, high = difference(first, 3 * second)
+        gaps += not low <= 0 <= high
+    assert means / 2000 == pytest.approx(0.05, abs=0.015)
+    assert gaps / 2000 == pytest.approx(0.05, abs=0.02)
+
+
+def test_validation_says_which_are_best_whatever_test_images_say():
+    ours = [method("sane_kde", around([0.5, 0.5]), validation_RE=around([0.9, 0.9]))]
+    ours.append(method("sane_mixture", around([0.9, 0.9]), validation_RE=around([0.5, 0.5])))
+    (line,) = verdict([*ours, method("noise", around([0.4, 0.4]))], [0])
+    assert line.startswith("sane_kde against noise")
 
 
 def test_words_of_the_verdict():

@@ -109,3 +109,14 @@ def test_an_empty_training_split_is_refused(store):
     ))  # fmt: skip
     with pytest.raises(InputError, match="no networks in its training split"):
         choose(empty, SamplingConfig())
+
+
+@pytest.mark.parametrize("settings", [{"best_by": "test_acc"}, {"where": "test_acc > 0.5"}, {"best_by": "ggap"}])
+def test_test_images_choose_nothing(store, settings):
+    with pytest.raises(InputError, match="test images must decide nothing"):
+        choose(store, SamplingConfig(**settings))
+
+
+def test_named_anchors_outside_the_training_split_are_told(store):
+    row = next(row for row in store.models.to_pylist() if row["split"] == "test")
+    assert "1 of them not of the training split" in choose(store, SamplingConfig(checkpoints=[row["id"]])).words

@@ -24,7 +24,8 @@ def audited(store, exact):
     ids = store.models["id"].take(ordinals).to_pylist()
     labels = np.arange(40) % 4
     predictions = np.random.default_rng(0).integers(4, size=(len(ordinals), 40)).astype(np.int16)
-    others = Training(training, ids, anchors.runs(ordinals), predictions, labels)
+    epochs = store.models["epoch"].take(ordinals).to_pylist()
+    others = Training(training, ids, anchors.runs(ordinals), epochs, predictions, labels)
     return codec, training, ids, predictions, Auditor(codec, others, anchors.architecture.symmetry)
 
 
@@ -67,7 +68,9 @@ def test_noise_of_one_unit_is_as_new_as_a_run(audited):
 
 def test_unmatched_channels_make_a_permuted_copy_look_new(audited, store):
     codec, training, ids, predictions, _ = audited
-    others = Training(training, ids, [f"run {place}" for place in range(len(training))], None, None)
+    others = Training(
+        training, ids, [f"run {place}" for place in range(len(training))], [0] * len(training), None, None
+    )
     blind = Auditor(codec, others, Symmetry({}, {}))
     symmetry = store.architecture_of(0).symmetry
     shuffled = permute(training[0], symmetry, random_permutations(symmetry, np.random.default_rng(5)))
@@ -102,7 +105,7 @@ def test_sources_of_sane_are_compared_with_every_swept_baseline(audited):
 
 def test_networks_of_one_run_tell_nothing_of_novelty(audited):
     codec, training, ids, predictions, _ = audited
-    auditor = Auditor(codec, Training(training[:3], ids[:3], ["one"] * 3, None, None), Symmetry({}, {}))
+    auditor = Auditor(codec, Training(training[:3], ids[:3], ["one"] * 3, [0, 1, 2], None, None), Symmetry({}, {}))
     assert auditor.reference is None
     (found,) = auditor.rows(pool(codec.tokens(training[:1]), predictions[:1]))
     assert found["novelty"] is None

@@ -8,15 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sane_ray.config import SampleJob, SamplingConfig
+from sane_ray.config import SampleJob, SamplingConfig, TokensConfig
 from sane_ray.errors import InputError
 from sane_ray.sampling import job
 from sane_ray.sampling.files import Samples
 from sane_ray.sampling.plan import plan_of
+from sane_ray.tokens.store.writing import write_store
 from sane_ray.zoo.architectures import from_params
+from sane_ray.zoo.catalog import discover
 from sane_ray.zoo.images import load_images
 
 SETTINGS = {
+    "best_fraction": 0.6,
     "methods": ["scratch", "anchors", "reconstruction", "sane_kde:best", "noise:best", "interpolation"],
     "repetitions": 3,
     "candidates": 6,
@@ -181,6 +184,37 @@ def test_a_folder_of_something_else_is_refused(store, untrained, tmp_path):
     (tmp_path / "samples" / "try" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"holds other files \(notes.txt\)"):
         job.run(make(store, untrained, tmp_path), dry_run=False)
+
+
+def test_an_unfinished_folder_of_other_settings_is_refused(store, untrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "_write", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        job.run(make(store, untrained, tmp_path), dry_run=False)
+    with pytest.raises(InputError, match="unfinished samples with other settings"):
+        job.run(make(store, untrained, tmp_path, sampling={"seed": 1}), dry_run=False)
+
+
+def test_one_anchor_needs_methods_for_one(store, untrained, tmp_path):
+    name = store.models["id"][0].as_py()
+    with pytest.raises(InputError, match="'interpolation', which needs several anchors, and there is one"):
+        plan_of(make(store, untrained, tmp_path, sampling={"checkpoints": [name]}))
+    with pytest.raises(InputError, match="one anchor has no spread"):
+        plan_of(make(store, untrained, tmp_path, sampling={"checkpoints": [name], "methods": ["sane_kde"]}))
+    plan_of(
+        make(store, untrained, tmp_path, sampling={"checkpoints": [name], "methods": ["sane_kde"], "bandwidth": 0.1})
+    )
+
+
+def test_a_new_last_layer_cannot_choose_the_bandwidth(store, untrained, tmp_path, other_images):
+    with pytest.raises(InputError, match="the last layer begins anew for 5 classes"):
+        plan_of(make(store, untrained, tmp_path, images=str(other_images)))
+
+
+def test_other_normalisations_are_refused(zoo, untrained, tmp_path):
+    config = TokensConfig(split=[0.8, 0.1, 0.1], normalization="minmax")
+    other = write_store(discover(zoo), tmp_path / "store", config, source=zoo)
+    with pytest.raises(InputError, match="has minmax normalisation"):
+        plan_of(make(other, untrained, tmp_path))
 
 
 def test_damaged_samples_are_told(sampled, tmp_path):

@@ -278,7 +278,8 @@ def test_actors_on_ray_import_the_function_as_the_command_line_does(sampled, tmp
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "zoo")])
     command = [
         sys.executable, str(ROOT / "jobs" / "finetune.py"), "--samples", str(sampled / "samples" / "residual"),
-        "--network", FUNCTION, "--storage", str(tmp_path), "--finetuning.epochs", "0", "--finetuning.table_epochs", "[0]",
+        "--network", FUNCTION, "--storage", str(tmp_path),
+        "--finetuning.epochs", "0", "--finetuning.table_epochs", "[0]",
         "--finetuning.networks_at_once", "6", "--fan_out.actors", "2", "--fan_out.cpus", "0.5",
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
