@@ -41,13 +41,17 @@ ANCHORS = "anchors"
 
 COLOURS = {
     "sane_kde": BLUE, "noise": ORANGE, "average": GREEN, "interpolation": "#cc79a7", "reconstruction": "#56b4e9",
-    "scratch": GREY, ANCHORS: INK,
+    "scratch": GREY, ANCHORS: INK, "sane_kde_published": "#a08a00", "sane_interpolation": "#7b3fb5",
+    "shared_noise": "#e69f00",
 }  # fmt: skip
 """Of the methods that are always there; others get the colours that are left."""
 
 NAMES = {
     "sane_kde": "SANE, KDE", "noise": "noise", "average": "average", "interpolation": "interpolation",
     "reconstruction": "reconstruction", "scratch": "from scratch", ANCHORS: "anchors",
+    "sane_kde_published": "SANE, published KDE", "sane_interpolation": "SANE, interpolation",
+    "sane_gaussian": "SANE, Gaussian", "sane_mixture": "SANE, mixture", "sane_random": "SANE, random",
+    "sane_kde_token": "SANE, KDE by token", "sane_kde_dimension": "SANE, KDE by value", "shared_noise": "shared noise",
 }  # fmt: skip
 """For a reader."""
 

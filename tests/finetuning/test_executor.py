@@ -246,7 +246,7 @@ def test_without_items_no_actor_starts(ray_session, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_cpus": 64}, r"an actor needs 64 CPUs of one node, but .* at most 4 CPUs.*: lower num_cpus or"),
+        ({"num_cpus": 64}, r"an actor needs 64 CPUs of one node, but .* at most 4 CPUs.*: ask for fewer, or add"),
         ({"num_gpus": 0.25}, r"an actor needs 1 CPUs and 0\.25 GPUs .* 0 GPUs"),
         ({"num_cpus": 0}, r"num_cpus is 0: give above 0"),
         ({"num_gpus": 1.5}, r"num_gpus is 1\.5: give a whole number, 1 or 2"),
