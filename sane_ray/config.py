@@ -1049,7 +1049,7 @@ class FinetuningConfig:
     batch_size: int = 0
     """Images a step; 0 is the best anchor's, or 32 where the store does not say."""
 
-    networks_at_once: int = 8
+    networks_at_once: int = 16
     """Networks trained side by side in one actor."""
 
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shlex
 import time
@@ -46,6 +47,7 @@ from sane_ray.tokens.store.progress_bar import progress_bar
 from sane_ray.tokens.store.text_table import table
 from sane_ray.tracking import UNSENT_FOLDER, Tracker, default_uri, tracked, ui_command
 from sane_ray.zoo.architectures import from_params
+from sane_ray.zoo.images import ImageData
 
 MOST_BYTES = 1e9
 """Of the weights of training networks that samples are compared with; of more, so many at random."""
@@ -102,9 +104,26 @@ def sample(plan: SamplePlan, config: SampleJob) -> None:
         _write(Drawing.begun(plan), None, start)
         return
     folder, network = plan.output / MEASURED_FOLDER, plan.network
-    with Measuring(plan.images, 0, [0], folder, config.fan_out, "measure", network=network) as measuring:
+    images = held_out(plan.images) if network is None else plan.images  # batch norms need training images
+    with Measuring(images, 0, [0], folder, config.fan_out, "measure", network=network) as measuring:
         drawing = Drawing.begun(plan, measuring)
         _write(drawing, measuring, start)
+
+
+def held_out(images: ImageData) -> ImageData:
+    """Validation and test images alone: what selects and what measures; those of training take two thirds of the time.
+
+    For the training images stand those of validation, whose accuracy nothing asks for twice.
+    """
+    val, test = images.rows["val"], images.rows["test"]
+    rows = np.concatenate([val, test])
+    places = {"train": np.arange(len(val)), "val": np.arange(len(val)), "test": len(val) + np.arange(len(test))}
+    return dataclasses.replace(
+        images,
+        images_NCHW=images.images_NCHW[rows],
+        labels_N=images.labels_N[rows],
+        rows={"train": places["train"], "val": places["val"], "test": places["test"]},
+    )
 
 
 @dataclass(frozen=True)
