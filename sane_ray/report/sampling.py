@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from sane_ray.report.style import (
     BLUE,
-    CYCLE,
     GREEN,
     GREY,
     INK,
@@ -44,7 +43,10 @@ COLOURS = {
     "scratch": GREY, ANCHORS: INK, "sane_kde_published": "#a08a00", "sane_interpolation": "#7b3fb5",
     "shared_noise": "#e69f00",
 }  # fmt: skip
-"""Of the methods that are always there; others get the colours that are left."""
+"""Of the methods that are often there."""
+
+OTHERS = ("#b22222", "#17a2b8", "#8c564b", "#6b8e23", "#e377c2")
+"""Of all others, in their order."""
 
 NAMES = {
     "sane_kde": "SANE, KDE", "noise": "noise", "average": "average", "interpolation": "interpolation",
@@ -192,9 +194,8 @@ def _styles(rows: Sequence[Row], *, anchors: bool = False) -> dict[str, dict[str
     known = {base: place for place, base in enumerate(COLOURS)}
     methods.sort(key=lambda method: (known.get(method.partition(":")[0], len(known)), method))
     bases = dict.fromkeys(method.partition(":")[0] for method in methods)
-    left = [colour for colour in CYCLE if colour not in COLOURS.values()]
     others = [base for base in bases if base not in COLOURS]
-    colours = COLOURS | {base: left[place % len(left)] for place, base in enumerate(others)}
+    colours = COLOURS | {base: OTHERS[place % len(OTHERS)] for place, base in enumerate(others)}
     selections = dict.fromkeys(method.partition(":")[2] for method in methods)
     marks = {"": "o"} | dict(zip((name for name in selections if name), "D^svP" * len(selections), strict=False))
     return {
