@@ -83,6 +83,9 @@ SWEPT = {
 AVERAGED = 5
 """Anchors in an average that is a method by itself."""
 
+_SAME = 1e-4
+"""Networks are the same whose weights differ by less than this share of their length."""
+
 HALF_WAY = 0.5
 """Fraction of an interpolation that is a method by itself: as far from both anchors as can be."""
 
@@ -273,7 +276,9 @@ class Sampler:
         tokens_RNT = draws.values_RNX if latents is None else self.codec.decode(latents)
         weights = self.codec.weights(tokens_RNT)
         fine = torch.nonzero(_finite(weights, self.config.largest_weight)).flatten()
-        pool = Pool(tokens_RNT, latents, draws.parents, None, scale, count - len(fine)).take(fine.tolist())
+        exploded = count - len(fine)
+        fine = fine[_distinct(self.codec.values(tokens_RNT[fine]))]
+        pool = Pool(tokens_RNT, latents, draws.parents, None, scale, exploded).take(fine.tolist())
         if self.measure is None or not len(pool):
             return pool
         return dataclasses.replace(pool, measured=self.measure({key: value[fine] for key, value in weights.items()}))
@@ -283,6 +288,13 @@ def _finite(weights: Weights, largest: float) -> Tensor:
     """Which networks have no NaN, infinite or exploded weight, [R]."""
     fine = [(value.flatten(1).abs() <= largest).all(1) for value in weights.values()]  # NaN compares as False
     return torch.stack(fine).all(0)
+
+
+def _distinct(values_RV: Tensor) -> list[int]:
+    """Rows of the networks that are drawn for the first time: few anchors have few pairs, and fewer averages."""
+    distances_RR = torch.cdist(values_RV, values_RV, compute_mode="donot_use_mm_for_euclid_dist")
+    close_RR = distances_RR <= _SAME * values_RV.norm(dim=1, keepdim=True)
+    return [row for row in range(len(values_RV)) if not bool(close_RR[row, :row].any())]
 
 
 def _joined(pools: Sequence[Pool]) -> Pool:
